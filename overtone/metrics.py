@@ -1,0 +1,66 @@
+"""Every metric the product exports, by name, and the text that Prometheus reads.
+
+`prometheus_client` in its multi-process mode adds up what the replicas and the ingest actor of one machine write
+into one folder, so that any of them can answer `/metrics` for all. Counters of a process that died stay in the sum.
+The folder comes from `PROMETHEUS_MULTIPROC_DIR`, which must be in the environment before this module is imported;
+without it the metrics of this process alone are shown.
+"""
+
+from pathlib import Path
+
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+HTTP_REQUESTS = Counter("http_requests_total", "Requests answered.", ["method", "route", "status"])
+HTTP_DURATION = Histogram(
+    "http_request_duration_seconds", "Time from request to answer.", ["method", "route"], buckets=_SECONDS
+)
+CONFIDENCE = Histogram(
+    "sentiment_prediction_confidence",
+    "Confidence of predictions.",
+    ["label"],
+    buckets=(0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0),
+)
+TEXTS = Counter("overtone_serve_texts_total", "Texts classified.", ["priority"])
+BATCH_TEXTS = Histogram("overtone_serve_batch_texts", "Texts a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256))
+BATCH_TOKENS = Counter("overtone_serve_batch_tokens_total", "Tokens given to the engine.", ["kind"])
+"""kind: `real` for tokens of texts, `padding` for the rest."""
+QUEUE_SECONDS = Histogram("overtone_serve_queue_seconds", "Time from admission to the engine.", buckets=_SECONDS)
+ENGINE_SECONDS = Histogram("overtone_serve_engine_seconds", "Time of one batch in the engine.", buckets=_SECONDS)
+QUEUE_TEXTS = Gauge("overtone_serve_queue_texts", "Texts waiting.", multiprocess_mode="livesum")
+REFUSED = Counter("overtone_serve_refused_total", "Requests refused.", ["reason"])
+POSTS_RECEIVED = Counter("overtone_ingest_posts_received_total", "Posts read from the stream or by search.", ["source"])
+POSTS_STORED = Counter("overtone_ingest_posts_stored_total", "Posts stored for the first time.")
+PREDICTIONS_STORED = Counter("overtone_ingest_predictions_stored_total", "Predictions stored for the first time.")
+DEAD_LETTERS = Counter("overtone_ingest_dead_letters_total", "Payloads put aside.", ["reason"])
+STREAM_CONNECTS = Counter("overtone_ingest_stream_connects_total", "Connection attempts to the stream.", ["outcome"])
+WRITE_SECONDS = Histogram(
+    "overtone_ingest_write_seconds", "Time of one write transaction.", ["table"], buckets=_SECONDS
+)
+STREAM_LAG_SECONDS = Gauge(
+    "overtone_ingest_lag_seconds", "Age of the newest post when it was stored.", multiprocess_mode="livemax"
+)
+INGEST_QUEUE = Gauge("overtone_ingest_queue_posts", "Posts received and not yet stored.", multiprocess_mode="livesum")
+DB_POOL = Gauge("overtone_db_pool_connections", "Connections of the pool.", ["state"], multiprocess_mode="livesum")
+
+
+def exposition(folder: Path | None) -> bytes:
+    """The metrics in Prometheus text format: of every process that writes into `folder`, or of this one alone."""
+    if folder is None:
+        return generate_latest()
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def forget_dead_processes(folder: Path) -> None:
+    """Drop the gauges of processes that are gone, so that sums over live processes stay true."""
+    for path in folder.glob("gauge_live*_*.db"):
+        pid = int(path.stem.rsplit("_", 1)[1])
+        if not psutil.pid_exists(pid):
+            path.unlink(missing_ok=True)
