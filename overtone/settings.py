@@ -69,7 +69,7 @@ class Settings(BaseSettings):
         None, description="postgresql:// address. Unset: an embedded PostgreSQL under OVERTONE_HOME."
     )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
-        None, description="redis:// address of the shared store. Unset: in-process stand-ins."
+        None, description="redis:// address of the shared store. Unset: in-process. Checked; reserved, not used yet."
     )
 
     # --- tracking of training runs
@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     model_name: str | None = Field(
         None,
         min_length=1,
-        description="Base encoder: a hub name, a folder, or `minilm` for the one that ships offline. Default: the training file's.",
+        description="Base encoder: hub name, folder, or `minilm` for the offline one. Default: the training file's.",
     )
     max_length: int | None = Field(
         None,
@@ -106,10 +106,16 @@ class Settings(BaseSettings):
         None, ge=1, le=100, description="Passes over the training set. 1 to 100. Default: the training file's."
     )
     min_samples_for_retrain: int = Field(
-        1000, ge=1, le=10_000_000, description="New labels after which retraining is due. 1 to 10000000."
+        1000,
+        ge=1,
+        le=10_000_000,
+        description="New labels after which retraining is due. 1 to 10000000. Checked; reserved, not used yet.",
     )
     retrain_interval_hours: int = Field(
-        168, ge=1, le=8760, description="Hours after which retraining is due. 1 to 8760."
+        168,
+        ge=1,
+        le=8760,
+        description="Hours after which retraining is due. 1 to 8760. Checked; reserved, not used yet.",
     )
 
     # --- serving
@@ -124,7 +130,7 @@ class Settings(BaseSettings):
     )
     overtone_api_key: SecretStr | None = Field(
         None,
-        description="Key that the command line and the ingest actor send to the API. Unset: the one in OVERTONE_HOME/api_key.",
+        description="Key the command line and the ingest actor send. Unset: the one in OVERTONE_HOME/api_key.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
