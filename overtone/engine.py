@@ -16,6 +16,9 @@ from overtone.errors import BundleError, EngineError
 
 Probabilities = NDArray[np.float32]
 
+SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
+"""What ONNX Runtime must not fuse for a CPU: its fused kernels are slower there than the parts they replace."""
+
 
 class Engine(Protocol):
     """Runs one bundle."""
@@ -191,6 +194,11 @@ def _open_session(bundle: Bundle, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
-        return onnxruntime.InferenceSession(str(bundle.model_path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(bundle.model_path),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(SLOW_FUSIONS),
+        )
     except Exception as error:
         raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({error})") from error
