@@ -1,0 +1,140 @@
+"""Engines: what a text is given does not depend on the texts beside it."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from overtone.bundle import Bundle, BundleSpec, Golden, load_bundle, write_bundle
+from overtone.engine import (
+    FakeEngine,
+    OnnxEngine,
+    Probabilities,
+    check_golden,
+    classify_sorted,
+    open_engine,
+    pad,
+    plan_batches,
+)
+from overtone.errors import BundleError, EngineError
+
+TEXTS = [[1, 4, 2], [1, 8, 8, 9, 2], [1, 2], [1, 6, 4, 5, 5, 5, 2], [1, 7, 2]]
+
+
+def test_scores_are_probabilities_in_the_order_given(tiny_bundle: Bundle) -> None:
+    scores = open_engine(tiny_bundle).classify(TEXTS)
+    assert scores.shape == (5, 3)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-6)
+    assert scores.argmax(axis=1).tolist() == [2, 0, 1, 2, 1]
+
+
+def test_a_batch_gives_what_single_texts_give(tiny_bundle: Bundle) -> None:
+    engine = OnnxEngine(tiny_bundle)
+    singles = np.concatenate([engine.classify([ids]) for ids in TEXTS])
+    np.testing.assert_allclose(engine.classify(TEXTS), singles, atol=1e-6)
+    np.testing.assert_allclose(classify_sorted(engine, TEXTS, budget_tokens=7), singles, atol=1e-6)
+    np.testing.assert_allclose(engine.classify(TEXTS[::-1]), singles[::-1], atol=1e-6)
+
+
+def test_threads_may_share_an_engine(tiny_bundle: Bundle) -> None:
+    engine = OnnxEngine(tiny_bundle)
+    expected = engine.classify(TEXTS)
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(engine.classify, [TEXTS] * 50):
+            np.testing.assert_array_equal(scores, expected)
+
+
+@pytest.mark.parametrize("token_ids", [[[1, 99, 2]], [[1, -50, 2], [1, 2]]])
+def test_ids_outside_the_vocabulary_are_an_engine_error(tiny_bundle: Bundle, token_ids: list[list[int]]) -> None:
+    with pytest.raises(EngineError, match="batch of"):
+        OnnxEngine(tiny_bundle).classify(token_ids)
+
+
+def test_a_closed_engine_says_so(tiny_bundle: Bundle) -> None:
+    engine = OnnxEngine(tiny_bundle)
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.classify(TEXTS)
+
+
+def test_a_file_that_is_no_model_is_refused(tiny_bundle: Bundle, bundle_spec: BundleSpec) -> None:
+    tiny_bundle.model_path.write_bytes(b"not a model")
+    damaged = write_bundle(tiny_bundle.path, spec=bundle_spec)
+    with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+        OnnxEngine(damaged)
+
+
+def test_a_model_with_other_inputs_is_refused(tiny_bundle: Bundle, bundle_spec: BundleSpec) -> None:
+    onnx.save(_identity("pixels"), tiny_bundle.model_path)
+    with pytest.raises(BundleError, match="pixels"):
+        OnnxEngine(write_bundle(tiny_bundle.path, spec=bundle_spec))
+
+
+def test_a_model_with_another_number_of_labels_is_refused(tiny_bundle: Bundle, bundle_spec: BundleSpec) -> None:
+    spec = replace(bundle_spec, labels=("bad", "good"), golden=(Golden("love", (0.2, 0.8)),))
+    with pytest.raises(BundleError, match="2 labels"):
+        OnnxEngine(write_bundle(tiny_bundle.path, spec=spec))
+
+
+def test_golden_texts_are_checked(tiny_bundle: Bundle, bundle_spec: BundleSpec) -> None:
+    check_golden(tiny_bundle, OnnxEngine(tiny_bundle))
+    wrong = write_bundle(tiny_bundle.path, spec=bundle_spec)
+    with pytest.raises(BundleError, match="golden text 0"):
+        check_golden(wrong, OnnxEngine(wrong))
+
+
+def test_golden_texts_are_not_passed_by_numbers_that_are_none(tiny_bundle: Bundle) -> None:
+    class Broken(FakeEngine):
+        def classify(self, token_ids: list[list[int]]) -> Probabilities:
+            return np.full((len(token_ids), self.labels), np.nan, dtype=np.float32)
+
+    with pytest.raises(BundleError, match="golden text"):
+        check_golden(load_bundle(tiny_bundle.path), Broken())
+
+
+@given(st.lists(st.lists(st.integers(0, 30_000), min_size=1, max_size=40), min_size=1, max_size=20))
+def test_padding_keeps_every_id_and_marks_it(token_ids: list[list[int]]) -> None:
+    ids, mask = pad(token_ids, np.int64)
+    assert ids.shape == mask.shape == (len(token_ids), max(map(len, token_ids)))
+    assert [row[: sum(kept)] for row, kept in zip(ids.tolist(), mask.tolist(), strict=True)] == token_ids
+    assert not ids[mask == 0].any()
+
+
+@given(st.lists(st.integers(1, 128), max_size=200), st.integers(1, 600))
+def test_batches_hold_each_row_once_within_the_budget(lengths: list[int], budget_tokens: int) -> None:
+    batches = plan_batches(lengths, budget_tokens)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget_tokens
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=30), st.integers(1, 40))
+def test_sorting_changes_no_result(token_ids: list[list[int]], budget_tokens: int) -> None:
+    engine = FakeEngine()
+    np.testing.assert_array_equal(classify_sorted(engine, token_ids, budget_tokens), engine.classify(token_ids))
+
+
+def test_no_texts_are_no_scores() -> None:
+    assert classify_sorted(FakeEngine(), []).shape == (0, 3)
+
+
+def test_the_fake_engine_fails_on_request_and_takes_its_time() -> None:
+    engine = FakeEngine(delay_s=1e-5, fail_on=13)
+    assert engine.classify([[1, 2]]).shape == (1, 3)
+    with pytest.raises(EngineError):
+        engine.classify([[1, 2], [13]])
+
+
+def _identity(name: str) -> onnx.ModelProto:
+    def info(label: str) -> Sequence[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(label, TensorProto.FLOAT, ["n", 3])]
+
+    graph = helper.make_graph([helper.make_node("Identity", [name], ["logits"])], "g", info(name), info("logits"))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
