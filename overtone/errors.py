@@ -4,7 +4,8 @@
     ├── ConfigurationError        a setting, file or flag is wrong; the process must not start
     ├── InvalidInputError         the caller's data breaks a documented limit
     │   ├── MalformedError        the body cannot be parsed at all
-    │   └── TooLargeError         the body, batch or text is over its limit
+    │   ├── TooLargeError         the body, batch or text is over its limit
+    │   └── UnsupportedMediaTypeError  the body is not of the type this call takes
     ├── UnauthorizedError         no credentials, or credentials that are not known
     │   └── ForbiddenError        known credentials without the scope
     ├── NotFoundError             nothing is stored under that id
@@ -18,7 +19,8 @@
     ├── DataError                 a training set cannot be used as it is
     ├── StreamError               the X API ended or refused the stream
     │   ├── StreamFatalError      trying again cannot help (401, 403, spend cap)
-    │   └── StreamThrottledError  a 429; `retry_after_s` says how long
+    │   ├── StreamThrottledError  a 429; `retry_after_s` says how long
+    │   └── FencedError           a later leader has taken over the stream; this one must stop
     └── EnvironmentProblemError   this machine lacks something; the message says how to mend it
 
 Every class has a stable `code`, says whether trying again can help (`retryable`) and survives pickling, because
@@ -74,6 +76,12 @@ class TooLargeError(InvalidInputError):
     """The request is over a size limit."""
 
     code = "too_large"
+
+
+class UnsupportedMediaTypeError(InvalidInputError):
+    """The request body is not of a type this call takes."""
+
+    code = "unsupported_media_type"
 
 
 class UnauthorizedError(OvertoneError):
@@ -173,6 +181,13 @@ class StreamThrottledError(StreamError):
     def retry_after_s(self) -> float:
         """Seconds to wait before the next attempt."""
         return float(self.details.get("retry_after_s", 60.0))
+
+
+class FencedError(StreamError):
+    """Another leader has taken over the stream."""
+
+    code = "fenced"
+    retryable = False
 
 
 class EnvironmentProblemError(OvertoneError):

@@ -1,0 +1,68 @@
+"""The Serve application: `serve run serve.app:build`, or `deploy` from Python."""
+
+import os
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from overtone.settings import load_settings
+from serve.batcher import Limits
+from serve.environment import APPLICATION, ROUTE_PREFIX
+from serve.replica import LiveOptions, ReplicaOptions, deployment
+
+_LIMITS = Limits()
+
+
+class ServeArgs(BaseModel):
+    """The application's arguments. They are public within the Ray cluster: no secrets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replicas: int | None = Field(None, ge=1, le=1024, description="Default: SERVE_REPLICAS, or one a core, at most 8.")
+    threads: int = Field(1, ge=1, le=256, description="Engine threads a replica.")
+    bundle: str | None = Field(None, description="Folder of the bundle. Default: BUNDLE, or the one in the package.")
+    budget_tokens: int = Field(_LIMITS.budget_tokens, ge=16, le=1_000_000, description="Padded tokens a batch.")
+    max_interactive_texts: int = Field(_LIMITS.max_interactive_texts, ge=1, le=1_000_000)
+    max_bulk_texts: int = Field(_LIMITS.max_bulk_texts, ge=1, le=10_000_000)
+    interactive_deadline_s: float = Field(30.0, gt=0, le=3600)
+    bulk_deadline_s: float = Field(600.0, gt=0, le=86_400)
+
+
+def build(args: ServeArgs) -> Application:
+    """The application that `args` describe."""
+    options = ReplicaOptions(
+        threads=args.threads,
+        limits=Limits(
+            budget_tokens=args.budget_tokens,
+            max_interactive_texts=args.max_interactive_texts,
+            max_bulk_texts=args.max_bulk_texts,
+        ),
+        interactive_deadline_s=args.interactive_deadline_s,
+        bulk_deadline_s=args.bulk_deadline_s,
+    )
+    replicas = args.replicas or load_settings().serve_replicas or min(8, os.cpu_count() or 1)
+    application: Application = deployment.options(
+        num_replicas=replicas,
+        user_config=LiveOptions(bundle=args.bundle).model_dump(),
+        # The batcher is the queue and refuses by itself; Serve's own limit only guards its memory.
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": args.threads},
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=20,
+        logging_config=LoggingConfig(enable_access_log=False, encoding="JSON"),
+    ).bind(options)
+    return application
+
+
+def deploy(args: ServeArgs, *, host: str, port: int) -> None:
+    """Start Serve on `host` and `port` in the Ray instance this process is connected to, and wait until it answers.
+
+    That instance must have been started with `serve.environment.serve_environment` in its environment.
+    """
+    serve.start(http_options=HTTPOptions(host=host, port=port))
+    serve.run(build(args), name=APPLICATION, route_prefix=ROUTE_PREFIX)

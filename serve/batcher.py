@@ -1,0 +1,408 @@
+"""The token batcher: requests of any size in, batches of like length out, every row answered exactly once.
+
+Batches are pulled, not timed: when the engine frees, the best batch is chosen from all that waits. So a lone request
+never waits for others to come, and under load batches fill by themselves. Choosing is `Backlog`, a data structure
+without clock, task or future; admitting, running and answering is `TokenBatcher`. Plain asyncio, for use from one
+event loop: it knows no engine, no HTTP and no Ray.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from overtone.errors import DeadlineExceededError, EngineError, OverloadedError, OvertoneError, ShuttingDownError
+
+Row = TypeVar("Row")
+TokenIds = list[int]
+Priority = Literal["interactive", "bulk"]
+
+BULK_TURN = 4
+"""While both priorities wait, every batch of this number starts from the oldest bulk row."""
+
+_RATE_MEMORY = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a batcher may hold and run."""
+
+    budget_tokens: int = 512
+    """Padded tokens a batch: rows times the longest. One longer row makes a batch of its own."""
+    max_interactive_texts: int = 1024
+    """Interactive texts that may wait. A larger request is still taken when nothing of its priority waits."""
+    max_bulk_texts: int = 20_000
+    """Bulk texts that may wait; as above."""
+    ahead: int = 1
+    """Batches chosen before the engine frees, while at least a full one waits, so that it never idles."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What one batch was, for metrics."""
+
+    texts: int
+    tokens: int
+    padded_tokens: int
+    queue_s: float
+    """From admission of its oldest row to the engine."""
+    engine_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[Row]):
+    """One request on its way."""
+
+    token_ids: Sequence[TokenIds]
+    priority: Priority
+    admitted_at: float = 0.0
+    deadline: float | None = None
+    waiting: int = field(init=False)
+    """Rows that no batch has taken."""
+    waiting_tokens: int = field(init=False)
+    taken: bytearray = field(init=False)
+    cursor: int = 0
+    """No row before it waits."""
+    dead: bool = False
+    """Given up by its caller or by its deadline; its rows are dropped where they are met."""
+    results: list[Row | Exception | None] = field(init=False)
+    unanswered: int = field(init=False)
+    answer: "asyncio.Future[None] | None" = None
+
+    def __post_init__(self) -> None:
+        rows = len(self.token_ids)
+        self.waiting = self.unanswered = rows
+        self.waiting_tokens = sum(map(len, self.token_ids))
+        self.taken = bytearray(rows)
+        self.results = [None] * rows
+
+
+Batch = list[tuple[Ticket[Row], int]]
+"""Rows, each as its request and its place in it."""
+
+
+class Backlog(Generic[Row]):
+    """All rows that wait, and the choice of the next batch among them.
+
+    The choice: the oldest row, of interactive requests first (of bulk ones every `BULK_TURN`th time), then again and
+    again the row of that priority that adds least padding, then likewise of the other one, until no further row fits
+    the budget. So a row is never passed over by more batches than there were rows before it.
+    """
+
+    def __init__(self) -> None:
+        self._queues = {"interactive": _Queue[Row](), "bulk": _Queue[Row]()}
+        self._passed_over = 0
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait."""
+        return self._queues["interactive"].waiting + self._queues["bulk"].waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Their tokens, without padding."""
+        return self._queues["interactive"].waiting_tokens + self._queues["bulk"].waiting_tokens
+
+    def waiting_of(self, priority: Priority) -> int:
+        """Texts of `priority` that wait."""
+        return self._queues[priority].waiting
+
+    def add(self, ticket: Ticket[Row]) -> None:
+        """Let the rows of `ticket` wait."""
+        self._queues[ticket.priority].add(ticket)
+
+    def drop(self, ticket: Ticket[Row]) -> None:
+        """Forget the rows of `ticket` that wait."""
+        if not ticket.dead:
+            ticket.dead = True
+            self._queues[ticket.priority].forget(ticket)
+
+    def take(self, budget_tokens: int, now: float) -> tuple[Batch[Row], list[Ticket[Row]]]:
+        """Take the next batch out; empty when nothing waits. Second: requests dropped because `now` is too late."""
+        batch: Batch[Row] = []
+        longest = 0
+        expired: list[Ticket[Row]] = []
+        for queue in self._turn(now, expired):
+            longest = queue.fill(batch, longest, budget_tokens, now, expired)
+        return batch, expired
+
+    def _turn(self, now: float, expired: list[Ticket[Row]]) -> "tuple[_Queue[Row], _Queue[Row]]":
+        interactive, bulk = self._queues["interactive"], self._queues["bulk"]
+        if interactive.oldest(now, expired) is None or bulk.oldest(now, expired) is None:
+            self._passed_over = 0
+            return (interactive, bulk) if interactive.waiting else (bulk, interactive)
+        self._passed_over = (self._passed_over + 1) % BULK_TURN
+        return (interactive, bulk) if self._passed_over else (bulk, interactive)
+
+
+class _Queue(Generic[Row]):
+    """Waiting rows of one priority, by arrival and by length."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.waiting_tokens = 0
+        self._arrivals: deque[Ticket[Row]] = deque()
+        self._by_length: dict[int, deque[tuple[Ticket[Row], int]]] = {}
+        # Bit n is set while rows of length n may wait: the next length up or down is found in one step, however many
+        # rows wait.
+        self._lengths = 0
+
+    def add(self, ticket: Ticket[Row]) -> None:
+        self.waiting += ticket.waiting
+        self.waiting_tokens += ticket.waiting_tokens
+        self._arrivals.append(ticket)
+        for index, ids in enumerate(ticket.token_ids):
+            bucket = self._by_length.get(len(ids))
+            if bucket is None:
+                bucket = self._by_length[len(ids)] = deque()
+                self._lengths |= 1 << len(ids)
+            bucket.append((ticket, index))
+
+    def forget(self, ticket: Ticket[Row]) -> None:
+        self.waiting -= ticket.waiting
+        self.waiting_tokens -= ticket.waiting_tokens
+        if not self.waiting:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._arrivals.clear()
+        self._by_length.clear()
+        self._lengths = 0
+
+    def oldest(self, now: float, expired: list[Ticket[Row]]) -> tuple[Ticket[Row], int] | None:
+        while self._arrivals:
+            ticket = self._arrivals[0]
+            if ticket.waiting and self._is_alive(ticket, now, expired):
+                ticket.cursor = ticket.taken.index(0, ticket.cursor)
+                return ticket, ticket.cursor
+            if self._arrivals:
+                self._arrivals.popleft()
+        return None
+
+    def fill(self, batch: Batch[Row], longest: int, budget: int, now: float, expired: list[Ticket[Row]]) -> int:
+        """Add rows to `batch`, padded to `longest` so far; the new longest."""
+        if not batch:
+            oldest = self.oldest(now, expired)
+            if oldest is None:
+                return longest
+            longest = len(oldest[0].token_ids[oldest[1]])
+            self._pop(batch, longest, now, expired)
+        while (limit := budget // (len(batch) + 1)) >= longest:
+            length = self._nearest(longest, len(batch), limit)
+            if length is None:
+                break
+            if self._pop(batch, length, now, expired):
+                longest = max(longest, length)
+        if not self.waiting:
+            self._clear()
+        return longest
+
+    def _nearest(self, longest: int, rows: int, limit: int) -> int | None:
+        """The length, up to `limit`, whose next row adds least padding to `rows` rows padded to `longest`."""
+        below = (self._lengths & ((2 << longest) - 1)).bit_length() - 1
+        higher = (self._lengths & ((2 << limit) - 1)) >> (longest + 1)
+        if not higher:
+            return below if below >= 0 else None
+        above = longest + (higher & -higher).bit_length()
+        return above if below < 0 or (above - longest) * rows < longest - below else below
+
+    def _pop(self, batch: Batch[Row], length: int, now: float, expired: list[Ticket[Row]]) -> bool:
+        """Move the oldest row of `length` that is alive to `batch`; whether there was one."""
+        bucket = self._by_length[length]
+        found = False
+        while bucket and not found:
+            ticket, index = bucket.popleft()
+            found = self._is_alive(ticket, now, expired)
+        if found:
+            batch.append((ticket, index))
+            ticket.taken[index] = 1
+            ticket.waiting -= 1
+            ticket.waiting_tokens -= length
+            self.waiting -= 1
+            self.waiting_tokens -= length
+        if not bucket:
+            self._by_length.pop(length, None)
+            self._lengths &= ~(1 << length)
+        return found
+
+    def _is_alive(self, ticket: Ticket[Row], now: float, expired: list[Ticket[Row]]) -> bool:
+        if not ticket.dead and ticket.deadline is not None and ticket.deadline <= now:
+            ticket.dead = True
+            expired.append(ticket)
+            self.forget(ticket)
+        return not ticket.dead
+
+
+class TokenBatcher(Generic[Row]):
+    """Runs what waits through `classify`, batch by batch."""
+
+    def __init__(
+        self,
+        classify: Callable[[list[TokenIds]], Awaitable[Sequence[Row]]],
+        *,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[BatchReport], None] | None = None,
+    ) -> None:
+        """`classify` gives one result a row, in order, or raises when any row of the batch cannot be classified."""
+        self._classify = classify
+        self._limits = limits or Limits()
+        self._clock = clock
+        self._observe = observe
+        self._backlog = Backlog[Row]()
+        self._running: set[asyncio.Task[None]] = set()
+        self._pump_is_due = False
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._texts_per_s = 0.0
+        self._last_done_at = 0.0
+        self.failures_in_a_row = 0
+        """Rows that failed alone since a batch succeeded."""
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait for the engine."""
+        return self._backlog.waiting
+
+    async def submit(
+        self, token_ids: Sequence[TokenIds], *, priority: Priority = "interactive", deadline_s: float | None = None
+    ) -> list[Row | Exception]:
+        """The result of each row, in order; for a row that the engine cannot classify, the exception.
+
+        `deadline_s` seconds from now, rows that still wait are given up. Cancelling gives up what still waits.
+
+        Raises:
+            OverloadedError: too many texts wait already.
+            DeadlineExceededError: the deadline passed before all rows reached the engine.
+            ShuttingDownError: after `drain`.
+        """
+        if not token_ids:
+            return []
+        self.admit(len(token_ids), priority)
+        now = self._clock()
+        ticket: Ticket[Row] = Ticket(token_ids, priority, now, None if deadline_s is None else now + deadline_s)
+        ticket.answer = asyncio.get_running_loop().create_future()
+        self._backlog.add(ticket)
+        self._idle.clear()
+        self._pump_soon()
+        try:
+            await ticket.answer
+        except asyncio.CancelledError:
+            self._backlog.drop(ticket)
+            self._pump_soon()
+            raise
+        return ticket.results  # type: ignore[return-value]  # answered, so that no None is left
+
+    async def drain(self) -> None:
+        """Refuse new work and return when all that was admitted is answered."""
+        self._draining = True
+        await self._idle.wait()
+
+    def admit(self, texts: int, priority: Priority) -> None:
+        """Refuse, as `submit` would, before work is put into preparing `texts` texts."""
+        if self._draining:
+            raise ShuttingDownError("This replica is shutting down; try again.")
+        waiting = self._backlog.waiting_of(priority)
+        bound = self._limits.max_interactive_texts if priority == "interactive" else self._limits.max_bulk_texts
+        if waiting and waiting + texts > bound:
+            wait_s = (waiting + texts - bound) / self._texts_per_s if self._texts_per_s else 1.0
+            raise OverloadedError(
+                f"{waiting} texts wait already and at most {bound} may; try again later or with fewer texts.",
+                retry_after_s=min(max(wait_s, 0.1), 60.0),
+                limit=bound,
+            )
+
+    def _pump_soon(self) -> None:
+        # After the callbacks that are ready now: requests that arrived together join one batch.
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_is_due = False
+        while self._may_take():
+            now = self._clock()
+            batch, expired = self._backlog.take(self._limits.budget_tokens, now)
+            for ticket in expired:
+                self._fail(ticket, DeadlineExceededError("The deadline passed while the texts waited for the engine."))
+            if batch:
+                task = asyncio.get_running_loop().create_task(self._execute(batch, now))
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+        if not self._running and not self._backlog.waiting:
+            self._idle.set()
+
+    def _may_take(self) -> bool:
+        if not self._backlog.waiting:
+            return False
+        running = len(self._running)
+        return not running or (
+            running <= self._limits.ahead and self._backlog.waiting_tokens >= self._limits.budget_tokens
+        )
+
+    async def _execute(self, batch: Batch[Row], taken_at: float) -> None:
+        try:
+            await self._run(batch, taken_at)
+        except BaseException:
+            for ticket, _ in batch:
+                self._backlog.drop(ticket)
+                self._fail(ticket, ShuttingDownError("The replica stopped before the text was classified; try again."))
+            raise
+        finally:
+            current = asyncio.current_task()
+            if current is not None:
+                self._running.discard(current)
+            self._pump_soon()
+
+    async def _run(self, batch: Batch[Row], taken_at: float) -> None:
+        try:
+            rows = await self._classify([ticket.token_ids[index] for ticket, index in batch])
+            if len(rows) != len(batch):
+                raise EngineError(f"The engine gave {len(rows)} results for a batch of {len(batch)}.")
+        except Exception as error:  # one row's failure must not become its neighbours'
+            await self._split(batch, taken_at, error)
+            return
+        self.failures_in_a_row = 0
+        self._report(batch, taken_at)
+        for (ticket, index), row in zip(batch, rows, strict=True):
+            self._settle(ticket, index, row)
+
+    async def _split(self, batch: Batch[Row], taken_at: float, error: Exception) -> None:
+        """Find the row that fails by halving the batch."""
+        if len(batch) > 1:
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                alive = [(ticket, index) for ticket, index in half if not ticket.dead]
+                if alive:
+                    await self._run(alive, taken_at)
+            return
+        self.failures_in_a_row += 1
+        if not isinstance(error, OvertoneError):
+            error = EngineError("The engine failed on this text.")
+        ticket, index = batch[0]
+        self._settle(ticket, index, error)
+
+    def _settle(self, ticket: Ticket[Row], index: int, result: Row | Exception) -> None:
+        ticket.results[index] = result
+        ticket.unanswered -= 1
+        if not ticket.unanswered and ticket.answer is not None and not ticket.answer.done():
+            ticket.answer.set_result(None)
+
+    def _fail(self, ticket: Ticket[Row], error: Exception) -> None:
+        if ticket.answer is not None and not ticket.answer.done():
+            ticket.answer.set_exception(error)
+
+    def _report(self, batch: Batch[Row], taken_at: float) -> None:
+        now = self._clock()
+        busy_s = now - max(taken_at, self._last_done_at)
+        self._last_done_at = now
+        if busy_s > 0:
+            rate = len(batch) / busy_s
+            memory = _RATE_MEMORY if self._texts_per_s else 0.0
+            self._texts_per_s = memory * self._texts_per_s + (1 - memory) * rate
+        if self._observe is not None:
+            lengths = [len(ticket.token_ids[index]) for ticket, index in batch]
+            oldest = min(ticket.admitted_at for ticket, _ in batch)
+            self._observe(BatchReport(len(batch), sum(lengths), len(batch) * max(lengths), taken_at - oldest, busy_s))

@@ -1,0 +1,188 @@
+"""Request bodies: read within their limit, parsed, and checked field by field.
+
+Hand-written because it runs for every text. What is wrong is named by field, limit and size; the text is never
+repeated.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+
+from overtone.errors import InvalidInputError, MalformedError, TooLargeError, UnsupportedMediaTypeError
+from overtone.schema import MAX_BATCH_TEXTS, MAX_TEXT_CHARS
+from overtone.text import has_lone_surrogate
+
+MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_SMALL_BODY_BYTES = 64 * 1024
+_MAX_SHOWN_ERRORS = 20
+_JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json\s*(?:;|$)", re.IGNORECASE)
+_CHARSET = re.compile(rb"charset\s*=\s*\"?([\w-]+)", re.IGNORECASE)
+_FIELD_NAME = re.compile(r"\w{1,50}")
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One thing that is wrong with a body."""
+
+    field: str
+    problem: str
+    limit: int | None = None
+    size: int | None = None
+
+
+async def read_json(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> Any:
+    """The parsed body.
+
+    Raises:
+        UnsupportedMediaTypeError: the content type is not JSON in UTF-8.
+        TooLargeError: the body is over `max_bytes`, whether or not its length was announced.
+        MalformedError: not UTF-8 or not JSON.
+    """
+    announced = None
+    media = b""
+    for name, value in request.scope["headers"]:
+        if name == b"content-length":
+            announced = value
+        elif name == b"content-type":
+            media = value
+    _check_media(media)
+    if announced is not None and announced.isdigit() and int(announced) > max_bytes:
+        raise _too_large(max_bytes, int(announced))
+    return parse_json(await _read(request, max_bytes))
+
+
+def parse_json(body: bytes) -> Any:
+    """`body` as JSON.
+
+    Raises:
+        MalformedError: saying where it stops being UTF-8 or JSON.
+    """
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if "surrogate" in str(error):
+            return _parse_with_surrogates(body)
+        where = f"line {error.lineno}, column {error.colno}"
+        reason = "is not UTF-8" if "utf-8" in str(error).lower() else f"is not valid JSON at {where}"
+        raise MalformedError(f"The body {reason}.", errors=[FieldError("body", "not valid JSON")]) from None
+
+
+def text_of(body: Any) -> str:
+    """The one text of a `/predict` body.
+
+    Raises:
+        InvalidInputError: naming the field, limit and size.
+    """
+    text = _only_field(body, "text")
+    problem = text_problem(text)
+    if problem is not None:
+        raise invalid([problem])
+    return text  # type: ignore[no-any-return]
+
+
+def texts_of(body: Any) -> list[str]:
+    """The texts of a `/predict/batch` body.
+
+    Raises:
+        InvalidInputError: naming each field that is wrong, the first 20 of them.
+    """
+    texts = _only_field(body, "texts")
+    if not isinstance(texts, list):
+        raise invalid([FieldError("texts", "must be a list of strings")])
+    if not texts:
+        raise invalid([FieldError("texts", "must hold at least 1 text", 1, 0)])
+    if len(texts) > MAX_BATCH_TEXTS:
+        too_many = f"holds {len(texts)} texts, at most {MAX_BATCH_TEXTS} are allowed"
+        raise invalid([FieldError("texts", too_many, MAX_BATCH_TEXTS, len(texts))])
+    problems: list[FieldError] = []
+    for index, text in enumerate(texts):
+        problem = text_problem(text)
+        if problem is not None:
+            problems.append(replace(problem, field=f"texts[{index}]"))
+            if len(problems) == _MAX_SHOWN_ERRORS:
+                break
+    if problems:
+        raise invalid(problems)
+    return texts
+
+
+def text_problem(text: Any, field: str = "text") -> FieldError | None:  # noqa: PLR0911  (one return a rule)
+    """What is wrong with `text`, or None."""
+    if not isinstance(text, str):
+        return FieldError(field, "must be a string")
+    if not text:
+        return FieldError(field, "must hold at least 1 character", 1, 0)
+    if len(text) > MAX_TEXT_CHARS:
+        problem = f"holds {len(text)} characters, at most {MAX_TEXT_CHARS} are allowed"
+        return FieldError(field, problem, MAX_TEXT_CHARS, len(text))
+    if text.isspace():
+        return FieldError(field, "must hold more than white space", 1, 0)
+    if "\0" in text:
+        return FieldError(field, "must not hold the character NUL (U+0000)", 0, text.count("\0"))
+    if not text.isascii() and has_lone_surrogate(text):
+        return FieldError(field, "must not hold half of a surrogate pair (U+D800 to U+DFFF)", 0, 1)
+    return None
+
+
+def invalid(problems: list[FieldError]) -> InvalidInputError:
+    """The exception for `problems`, of which there is at least one."""
+    first = problems[0]
+    more = f" ({len(problems) - 1} more in `errors`)" if len(problems) > 1 else ""
+    return InvalidInputError(f"{first.field} {first.problem}{more}.", errors=problems)
+
+
+def _only_field(body: Any, name: str) -> Any:
+    if not isinstance(body, dict):
+        raise invalid([FieldError("body", f"must be a JSON object with the field {name}")])
+    if name not in body:
+        raise invalid([FieldError(name, "is required")])
+    if len(body) > 1:
+        unknown = next(key for key in body if key != name)
+        shown = unknown if _FIELD_NAME.fullmatch(unknown) else "body"
+        raise invalid([FieldError(shown, f"is not a field of this request; {name} is the only one")])
+    return body[name]
+
+
+def _check_media(media: bytes) -> None:
+    charset = _CHARSET.search(media)
+    if not _JSON_TYPE.match(media) or (charset and charset[1].lower() not in {b"utf-8", b"utf8", b"us-ascii"}):
+        raise UnsupportedMediaTypeError("The header Content-Type must be application/json, in UTF-8.")
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    message = await request.receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message.get("body", b"")
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes, len(body))
+        return body
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes, size)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+        message = await request.receive()
+
+
+def _too_large(limit: int, size: int) -> TooLargeError:
+    problem = FieldError("body", f"is over the limit of {limit} bytes", limit, size)
+    return TooLargeError(f"The body is over the limit of {limit} bytes.", errors=[problem])
+
+
+def _parse_with_surrogates(body: bytes) -> Any:
+    """orjson refuses a lone surrogate without saying in which field; the standard library lets it through."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise MalformedError("The body is not valid JSON.", errors=[FieldError("body", "not valid JSON")]) from None

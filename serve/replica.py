@@ -1,0 +1,147 @@
+"""The deployment: one process that listens, batches and runs the engine."""
+
+import contextlib
+from asyncio import Task, get_running_loop
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ray import serve
+from starlette.types import ASGIApp
+
+from overtone import logging
+from overtone.errors import BundleError, ConfigurationError, EngineError
+from overtone.metrics import forget_dead_processes
+from overtone.settings import Settings, load_settings
+from serve.auth import KeyRing
+from serve.batcher import Limits
+from serve.classifier import Classifier
+from serve.environment import DEPLOYMENT, is_loopback
+from serve.http import Service, create_app
+from serve.store import Store
+
+
+class ReplicaOptions(BaseModel):
+    """What every replica of a deployment starts with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int = 1
+    limits: Limits = Limits()
+    interactive_deadline_s: float = 30.0
+    bulk_deadline_s: float = 600.0
+
+
+class LiveOptions(BaseModel):
+    """What changes while replicas run: Serve's `user_config`. Public within the cluster, so it holds no secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: str | None = None
+    """Folder of the bundle to serve. Unset: the setting BUNDLE, or the bundle in the package."""
+
+
+class Replica:
+    """Answers HTTP with one engine.
+
+    Settings come from the environment of this process, not from its arguments: those are public in a Ray cluster.
+    """
+
+    def __init__(self, options: ReplicaOptions) -> None:
+        self._settings = load_settings()
+        logging.configure("serve", self._settings.log_level, self._settings.log_format)
+        if is_loopback(self._settings.api_host):
+            _keep_handle_port_on_loopback()
+        self._store = Store(_database_url(self._settings))
+        self._keys = KeyRing(self._store)
+        self._classifier = Classifier(limits=options.limits, threads=options.threads)
+        self._service = Service(
+            classifier=self._classifier,
+            keys=self._keys,
+            records=self._store,
+            api_key_header=self._settings.api_key_header,
+            cors_origins=self._settings.cors_origins,
+            metrics_folder=self._settings.prometheus_multiproc_dir,
+            interactive_deadline_s=options.interactive_deadline_s,
+            bulk_deadline_s=options.bulk_deadline_s,
+        )
+        if self._settings.prometheus_multiproc_dir is not None:
+            forget_dead_processes(self._settings.prometheus_multiproc_dir)
+        self._refreshing: Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The application that Serve listens with."""
+        return create_app(self._service)
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Change to the bundle that `config` names, without losing a request.
+
+        A bundle that is not fit for use leaves the one in use where it is.
+
+        Raises:
+            BundleError: no bundle is in use yet and this one is not fit.
+            ConfigurationError: `config` is not what `LiveOptions` describes.
+        """
+        if self._refreshing is None:
+            # A database that is away at the start stops nothing but the look-up of keys.
+            await self._keys.refresh()
+            self._refreshing = get_running_loop().create_task(self._keys.keep_fresh())
+        try:
+            live = LiveOptions.model_validate(config)
+        except ValidationError as error:
+            if not self._classifier.is_ready:
+                raise ConfigurationError(f"user_config: {error.errors()[0]['msg']}") from None
+            logging.get_logger().error("replica.config_refused", fields=[item["loc"] for item in error.errors()])
+            return
+        path = Path(live.bundle) if live.bundle else self._settings.bundle
+        try:
+            await self._classifier.load(path)
+        except BundleError as error:
+            if not self._classifier.is_ready:
+                raise
+            logging.get_logger().error("bundle.refused", reason=error.message, kept=self._classifier.bundle.version)
+
+    async def check_health(self) -> None:
+        """Raise if this replica cannot do its work, so that Serve replaces it.
+
+        Raises:
+            BundleError: no bundle was loaded.
+            EngineError: the engine fails on every text.
+        """
+        if not self._classifier.is_ready:
+            raise BundleError("No bundle is loaded: the deployment's user_config must be set, if only to {}.")
+        if self._classifier.is_failing:
+            raise EngineError("The engine failed on the last 32 texts.")
+
+    async def __del__(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        with contextlib.suppress(TimeoutError):
+            await self._classifier.close()
+        await self._store.close()
+
+
+deployment: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(Replica))
+"""`Replica`, as Serve takes it."""
+
+
+def _database_url(settings: Settings) -> str | None:
+    return settings.database_url.get_secret_value() if settings.database_url else None
+
+
+def _keep_handle_port_on_loopback() -> None:
+    """Have the server for calls between deployments, of which there are none, listen on loopback alone.
+
+    Serve 2.60 binds it to every interface and has no setting for it; it takes pickled arguments, so it must not be
+    reachable from other machines.
+    """
+    from ray.serve._private import replica
+
+    module: Any = replica
+    add_port = module.add_port_to_grpc_server
+
+    def add_loopback_port(server: Any, address: str) -> int:
+        port: int = add_port(server, address.replace("[::]", "127.0.0.1"))
+        return port
+
+    module.add_port_to_grpc_server = add_loopback_port

@@ -1,0 +1,93 @@
+"""The database as the API needs it: keys, sessions and figures, connected when first needed."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from overtone.db import keys
+from overtone.db.database import Database
+from overtone.db.predictions import stats
+from overtone.errors import ConfigurationError, DatabaseUnavailableError
+from overtone.logging import get_logger
+from serve.auth import Identity
+
+
+class Store:
+    """One database, which may be away at the start and at any time after."""
+
+    def __init__(self, url: str | None, *, max_connections: int = 4) -> None:
+        """Nothing is connected yet. Without `url` every call raises `DatabaseUnavailableError`."""
+        self._url = url
+        self._max_connections = max_connections
+        self._database: Database | None = None
+        self._opening = asyncio.Lock()
+
+    async def active(self) -> Mapping[bytes, Identity]:
+        """See `KeyStore.active`."""
+        return {record.key_hash: _identity(record) for record in await keys.active_keys(await self._open())}
+
+    async def find(self, digest: bytes) -> Identity | None:
+        """See `KeyStore.find`."""
+        record = await keys.find_key(await self._open(), digest)
+        return _identity(record) if record else None
+
+    async def exchange_sign_in(self, token: str) -> str | None:
+        """The secret of a new session for a one-time token; None if the token is not good."""
+        return await keys.exchange_sign_in(await self._open(), token)
+
+    async def create_session(self, key_id: str) -> str | None:
+        """The secret of a new session with the scopes of a key; None if the key is not good."""
+        return await keys.create_session(await self._open(), key_id)
+
+    async def revoke(self, key_id: str) -> bool:
+        """End a key or session."""
+        return await keys.revoke(await self._open(), key_id)
+
+    async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]:
+        """What `GET /stats` shows, ready for JSON."""
+        found = await stats(await self._open(), minutes=minutes, newest=newest)
+        return {
+            "posts": found.posts,
+            "predictions": found.predictions,
+            "labels": found.labels,
+            "per_second": found.per_second,
+            "series": [{"minute": item.minute, **item.labels} for item in found.series],
+            "newest": [
+                {
+                    "post_id": str(post.post_id),  # JavaScript cannot hold a snowflake as a number
+                    "text": post.text,
+                    "created_at": post.created_at,
+                    "label": post.label,
+                    "confidence": post.confidence,
+                    "model_version": post.model_version,
+                }
+                for post in found.newest
+            ],
+            "model_version": found.model_version,
+            "source": found.source,
+        }
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._database is not None:
+            await self._database.close()
+
+    async def _open(self) -> Database:
+        if self._database is not None:
+            return self._database
+        if self._url is None:
+            raise DatabaseUnavailableError("No database is configured: DATABASE_URL is not set.")
+        async with self._opening:
+            if self._database is None:
+                try:
+                    self._database = await Database.open(
+                        self._url, max_size=self._max_connections, application_name="overtone-serve"
+                    )
+                except ConfigurationError as error:
+                    get_logger().error("database.refused", reason=error.message)
+                    raise DatabaseUnavailableError("The database refuses the address it was given.") from error
+        return self._database
+
+
+def _identity(record: keys.KeyRecord) -> Identity:
+    return Identity(record.key_id, record.scopes, record.expires_at)
