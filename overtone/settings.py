@@ -192,6 +192,12 @@ def environment_for(settings: Settings, **extra: str) -> dict[str, str]:
     return {**os.environ, **chosen, **extra}
 
 
+def set_default_environment(**values: str) -> None:
+    """Give the libraries and child processes of this process `values` in their environment, where nobody set them."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
 def env_example() -> str:
     """The text of `.env.example`: every variable, its meaning and its default, all commented out."""
     lines = [

@@ -1,0 +1,70 @@
+"""Loss, parameter groups, schedule and the running average."""
+
+import pytest
+import torch
+from torch import nn
+
+from train.config import OptimiserConfig
+from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups
+
+
+class TinyEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(5, 4)
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.LayerNorm = nn.LayerNorm(4)
+        self.classifier = nn.Linear(4, 3)
+
+
+def rate_of(groups: list[dict[str, object]], wanted: nn.Parameter) -> tuple[float, float]:
+    for group in groups:
+        if any(parameter is wanted for parameter in group["params"]):  # type: ignore[union-attr]
+            return group["lr"], group["weight_decay"]  # type: ignore[return-value]
+    raise AssertionError("in no group")
+
+
+def test_every_parameter_is_in_one_group_with_its_rate() -> None:
+    model = TinyEncoder()
+    config = OptimiserConfig(learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    groups = parameter_groups(model, config)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert rate_of(groups, model.classifier.weight) == (1.0, 0.1)
+    assert rate_of(groups, model.encoder.layer[1].weight) == (0.5, 0.1)
+    assert rate_of(groups, model.encoder.layer[0].bias) == (0.25, 0.0)
+    assert rate_of(groups, model.embeddings.weight) == (0.125, 0.1)
+    assert rate_of(groups, model.LayerNorm.weight) == (1.0, 0.0)
+
+
+def test_the_prior_is_in_the_loss_alone() -> None:
+    prior = torch.tensor([0.1, 0.6, 0.3]).log()
+    logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
+    adjusted = make_loss(OptimiserConfig(prior_tau=1.0), prior)(logits, labels)
+    assert adjusted.item() == pytest.approx(-(torch.tensor([0.1, 0.6]).log().mean().item()))
+    plain = make_loss(OptimiserConfig(), prior)(logits, labels)
+    assert plain.item() == pytest.approx(torch.tensor(3.0).log().item())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_rate_climbs_and_then_falls_to_zero(schedule: str) -> None:
+    factor = learning_rate_factor(OptimiserConfig(warmup=0.1, schedule=schedule), 100)
+    rates = [factor(step) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.0)
+    assert min(rates) >= 0
+
+
+def test_the_average_starts_at_the_weights_and_follows() -> None:
+    model = nn.Linear(2, 2)
+    average = make_average(model, OptimiserConfig(ema_decay=0.5))
+    assert average is not None
+    start = model.weight.detach().clone()
+    average.update_parameters(model)
+    with torch.no_grad():
+        model.weight += 1
+    average.update_parameters(model)
+    assert torch.allclose(average.module.weight, start + 0.5)
+    assert make_average(model, OptimiserConfig(ema_decay=0.0)) is None

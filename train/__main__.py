@@ -1,0 +1,134 @@
+"""`python -m train`: labelled texts in, a bundle out."""
+
+import hashlib
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from overtone.errors import ConfigurationError, OvertoneError
+from overtone.logging import configure
+from overtone.settings import Settings, load_settings
+from train.config import TrainConfig, load_config
+from train.data import LabelledTexts, Split, read_split
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def command(  # noqa: PLR0913, PLR0917 - flags of the command line
+    config: Annotated[Path, typer.Option(help="Training file, such as configs/train/tweets.yaml.")],
+    train: Annotated[Path, typer.Option(help="Training texts: tab-separated, columns label and text.")],
+    validation: Annotated[Path, typer.Option(help="Validation texts, in the same form.")],
+    output: Annotated[Path, typer.Option(help="Folder for the bundle; a bundle in it is replaced.")],
+    assign: Annotated[list[str] | None, typer.Option("--set", help="Override a value: section.name=value.")] = None,
+    run_name: Annotated[
+        str | None, typer.Option(help="Name of the run; the name of an unfinished run resumes it. Default: a new one.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder or address of checkpoints. Default: OVERTONE_HOME/runs.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as --set optimiser.seed=N.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to train on. Default: one of this process's own."),
+    ] = None,
+) -> None:
+    """Fine-tune an encoder on Ray Train and export it as a bundle: fused, int8, calibrated, checked."""
+    console = Console(stderr=True)
+    try:
+        settings = load_settings()
+        configure("train", settings.log_level, settings.log_format)
+        assignments = [*(assign or []), *([f"optimiser.seed={seed}"] if seed is not None else [])]
+        chosen = load_config(config, settings, assignments)
+        name = run_name or f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+        where = storage or str(settings.home / "runs")
+        _Job(chosen, settings, console, train, validation, output).run(name, where, address)
+    except OvertoneError as error:
+        console.print(f"[red]error:[/red] {error.message}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from None
+
+
+class _Job:
+    """One call of the command."""
+
+    def __init__(
+        self, config: TrainConfig, settings: Settings, console: Console, train: Path, validation: Path, output: Path
+    ) -> None:
+        self.config, self.settings, self.console = config, settings, console
+        self.train, self.validation, self.output = train, validation, output
+
+    def run(self, name: str, storage: str, address: str | None) -> None:
+        # Data and folders are checked before the libraries that take seconds to import.
+        split = read_split(self.train, self.validation, self.config.data.labels)
+        self.console.print(
+            f"{len(split.train)} training texts ({split.leaked} left out that validation holds), "
+            f"{len(split.validation)} validation texts"
+        )
+        try:
+            from train.export import require_bundle_folder
+            from train.job import RunSpec, ray_cluster, run_training
+        except ImportError as error:
+            raise ConfigurationError(f"{error.name} is not installed; pip install 'overtone[train]'") from None
+        from train.progress import RunProgress
+        from train.tracking import tracked_run
+
+        require_bundle_folder(self.output)
+        with tracked_run(self.settings, self.config, name) as tracker:
+            with ray_cluster(address), RunProgress(self.console) as progress:
+                self.console.print(f"run {name}, checkpoints in {storage}")
+
+                def follow(metrics: dict[str, Any]) -> None:
+                    progress.report(metrics)
+                    tracker.metrics(metrics, metrics["step"])
+
+                spec = RunSpec(name, self.train, self.validation, storage)
+                weights, best = run_training(self.config, spec, follow)
+            exported = self._export(weights, split, best)
+            tracker.metrics({"bundle_macro_recall": exported.scores.macro_recall}, best["step"])
+            tracker.bundle(self.output)
+
+    def _export(self, weights: Path, split: Split, best: dict[str, Any]) -> Any:
+        from train.card import render
+        from train.evaluate import show
+        from train.export import CARD_FILE, export_bundle
+
+        self.console.print(f"exporting the checkpoint of step {best['step']}")
+        facts = {
+            "data": self._data_facts(split),
+            "training": {
+                "seconds": round(best["seconds"]),
+                "step": best["step"],
+                "device": f"{best['device']} ({platform.machine()})",
+                "config": self.config.model_dump(mode="json", include={"model", "data", "optimiser"}),
+            },
+        }
+        exported = export_bundle(weights, self.output, self.config, split.validation, facts)
+        card = render(exported, self.config, "python -m train " + shlex.join(sys.argv[1:]))
+        (self.output / CARD_FILE).write_text(card, encoding="utf-8")
+        show(self.console, exported.scores, f"{exported.bundle.version} on validation")
+        self.console.print(f"bundle written to {self.output}")
+        return exported
+
+    def _data_facts(self, split: Split) -> dict[str, Any]:
+        return {
+            "train": self._counts(split.train),
+            "validation": self._counts(split.validation),
+            "leaked": split.leaked,
+            "train_sha256": hashlib.sha256(self.train.read_bytes()).hexdigest(),
+            "validation_sha256": hashlib.sha256(self.validation.read_bytes()).hexdigest(),
+        }
+
+    def _counts(self, texts: LabelledTexts) -> dict[str, int]:
+        counts = np.bincount(texts.labels, minlength=len(self.config.data.labels))
+        return dict(zip(self.config.data.labels, counts.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    app()

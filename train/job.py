@@ -1,0 +1,185 @@
+"""One training run on Ray Train: start or join the cluster, follow the reports, return the chosen checkpoint."""
+
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.queue import Queue
+
+from overtone.errors import EnvironmentProblemError, OvertoneError
+from overtone.logging import get_logger
+from overtone.settings import set_default_environment
+from train.config import ClusterConfig, TrainConfig
+from train.loop import WEIGHTS, train_loop_per_worker
+
+Follow = Callable[[dict[str, Any]], None]
+"""Takes the metrics of one report of the first worker."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What one run is told besides its configuration."""
+
+    name: str
+    """Runs of the same name and storage are one run: a second start resumes the first."""
+    train: Path
+    validation: Path
+    storage: str
+    """Folder or address where checkpoints go; on a cluster of several machines, one that all of them reach."""
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """Join the Ray cluster at `address`, or run one of our own for the time of the block.
+
+    Our own listens on loopback, asks for a random token that no file keeps, and leaves nothing behind.
+
+    Raises:
+        EnvironmentProblemError: the cluster cannot be reached or started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    folder = None if address else tempfile.mkdtemp(prefix="overtone-")
+    try:
+        _connect(address, folder)
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(address: str | None, folder: str | None) -> None:
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if address:
+            ray.init(address, **common)
+            return
+        # Ray wants a token here and, finding none, writes one to ~/.ray, where every later `ray start` obeys it.
+        set_default_environment(RAY_AUTH_TOKEN=secrets.token_hex(32))
+        ray.init(
+            "local",
+            include_dashboard=False,
+            object_store_memory=256 * 2**20,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+            **common,
+        )
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        where = address or "on this machine"
+        raise EnvironmentProblemError(
+            f"Ray cannot be {'reached at' if address else 'started'} {where}: {error}"
+        ) from error
+
+
+def run_training(config: TrainConfig, spec: RunSpec, follow: Follow) -> tuple[Path, dict[str, Any]]:
+    """Run or resume `spec` on the cluster that this process is connected to.
+
+    Returns the folder with the weights of the checkpoint with the best macro-averaged recall, and that checkpoint's
+    metrics. `follow` is called, in another thread, with the metrics of every report.
+
+    Raises:
+        OvertoneError: a worker failed for good; the error a worker raised, where it is one of ours.
+    """
+    reports = Queue(actor_options={"num_cpus": 0})
+    callbacks: list[Any] = [_Forward(reports)]
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "train": str(spec.train.resolve()),
+            "validation": str(spec.validation.resolve()),
+        },
+        scaling_config=_scaling(config.cluster),
+        run_config=RunConfig(
+            name=spec.name,
+            storage_path=spec.storage,
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="macro_recall"),
+            callbacks=callbacks,
+        ),
+    )
+    with _following(reports, follow):
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+    return _best(result)
+
+
+def _scaling(cluster: ClusterConfig) -> ScalingConfig:
+    resources = ray.cluster_resources()
+    gpu = cluster.gpu if cluster.gpu is not None else resources.get("GPU", 0) >= cluster.workers
+    cpus = cluster.cpus_per_worker or max(resources.get("CPU", 1) // cluster.workers, 1)
+    return ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker={"CPU": cpus})
+
+
+def _best(result: Any) -> tuple[Path, dict[str, Any]]:
+    candidates = result.best_checkpoints or []
+    if not candidates:
+        raise OvertoneError("the run ended without a checkpoint")
+    checkpoint, metrics = max(candidates, key=lambda pair: pair[1].get("macro_recall", 0.0))
+    folder = Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="overtone-")))
+    return folder / WEIGHTS, dict(metrics)
+
+
+def _cause(error: TrainingFailedError) -> OvertoneError:
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in failures:
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, OvertoneError):
+                return seen
+            seen = getattr(seen, "cause", None) or seen.__cause__
+    first = f": {type(failures[0]).__name__}: {failures[0]}" if failures else f": {error}"
+    return OvertoneError(f"training failed{first}")
+
+
+class _Forward(UserCallback):
+    """Sends each report from Ray's controller process to the process that started the run."""
+
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._reports.put(metrics[0])
+
+
+@contextmanager
+def _following(reports: Queue, follow: Follow) -> Iterator[None]:
+    ended = threading.Event()
+
+    def drain() -> None:
+        while True:
+            finishing = ended.is_set()
+            try:
+                while True:
+                    follow(reports.get(timeout=0.5))
+            except Empty:
+                if finishing:
+                    return
+            except RayError as error:
+                get_logger().warning("train.reports_lost", reason=type(error).__name__)
+                return
+
+    thread = threading.Thread(target=drain, name="train-reports", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=10)
+        reports.shutdown(force=True)

@@ -1,0 +1,242 @@
+"""The training loop: what every Ray Train worker runs, from top to bottom."""
+
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from numpy.typing import NDArray
+
+from train.config import TrainConfig
+from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, read_split, share_of
+from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
+from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups
+from train.scores import score, softmax
+
+WEIGHTS = "weights"
+"""Folder of a checkpoint with the weights to evaluate and export, in Hugging Face form, and the tokenizer."""
+STATE = "state.pt"
+"""File of a checkpoint with what resuming needs."""
+_REPORT_EVERY_STEPS = 50
+_EVALUATION_TOKENS = 8192
+
+
+def train_loop_per_worker(values: dict[str, Any]) -> None:
+    """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `train` and `validation` (paths)."""
+    config = TrainConfig.model_validate(values["config"])
+    split = read_split(Path(values["train"]), Path(values["validation"]), config.data.labels)
+    run = _Run(config, split)
+    run.resume(ray.train.get_checkpoint())
+    for epoch in range(run.epoch, run.epochs):
+        run.train_epoch(epoch)
+
+
+@dataclass
+class _Progress:
+    """How far the run is; what a checkpoint keeps besides the tensors."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    """Time spent in finished sessions of the run."""
+
+
+class _Run:
+    """One worker's share of a run: the model, what changes it, and the counters."""
+
+    def __init__(self, config: TrainConfig, split: Split) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.config, self.split = config, split
+        self.settings = config.optimiser
+        self.device = ray.train.torch.get_device()
+        self.progress = _Progress()
+        self.started = time.monotonic()
+
+        torch.manual_seed(self.settings.seed)
+        self.tokenizer = open_tokenizer(config.model)
+        self.encode: Encode = encoder_of(self.tokenizer, config.model.max_length)
+        self.bare = open_classifier(config.model, config.data.labels).to(self.device)
+        torch.manual_seed(self.settings.seed + self.rank)
+        self.average = make_average(self.bare, self.settings)
+        self.model = ray.train.torch.prepare_model(self.bare, move_to_device=False)
+
+        batches = -(-len(split.train) // self.settings.batch_size)
+        self.steps = min(batches * self.settings.epochs, self.settings.max_steps or batches * self.settings.epochs)
+        self.epochs = -(-self.steps // batches)
+        self.evaluate_every = max(batches // self.settings.evaluations, 1)
+        self.optimiser = torch.optim.AdamW(parameter_groups(self.bare, self.settings), fused=True)
+        factor = learning_rate_factor(self.settings, self.steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
+        prior = torch.from_numpy(log_prior(split.train.labels, len(config.data.labels))).to(self.device)
+        self.loss = make_loss(self.settings, prior)
+
+    @property
+    def epoch(self) -> int:
+        """The first epoch that is not finished."""
+        return self.progress.epoch
+
+    def train_epoch(self, epoch: int) -> None:
+        """Every batch of the epoch once; evaluations on the way and a checkpoint at the end."""
+        rng = random.Random(f"{self.settings.seed}/{epoch}")
+        data = self.config.data
+        texts = augment(self.split.train.texts, rng, drop_links=data.drop_links, drop_mentions=data.drop_mentions)
+        rows = self.encode(texts)
+        batches = length_grouped([len(row) for row in rows], self.settings.batch_size, data.group_batches, rng)
+        batches = batches[: self.steps - self.progress.step]
+        watch = _Watch()
+        self.model.train()
+        for number, batch in enumerate(batches, start=1):
+            mine = share_of(batch, self.rank, self.world)
+            watch.add(self._step([rows[row] for row in mine], self.split.train.labels[mine]), len(batch))
+            last = number == len(batches)
+            if last or self._evaluation_is_due(number, len(batches)):
+                self._evaluate_and_report(epoch, watch, checkpoint=last)
+            elif number % _REPORT_EVERY_STEPS == 0:
+                ray.train.report(self._metrics(watch))
+
+    def _evaluation_is_due(self, number: int, batches: int) -> bool:
+        # Not right before the one that ends the epoch.
+        return number % self.evaluate_every == 0 and batches - number >= self.evaluate_every // 2
+
+    def _step(self, rows: list[list[int]], labels: NDArray[np.int64]) -> torch.Tensor:
+        with self._autocast():
+            logits = self.model(**self._inputs(rows)).logits
+        loss = self.loss(logits, torch.from_numpy(labels).to(self.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.bare.parameters(), self.settings.clip_norm)
+        self.optimiser.step()
+        self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        if self.average is not None and self.progress.step % self.settings.ema_every == 0:
+            self.average.update_parameters(self.bare)
+        return loss.detach()
+
+    def _inputs(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        ids, mask = pad(rows, self.tokenizer.pad_token_id)
+        return {
+            "input_ids": torch.from_numpy(ids).to(self.device, non_blocking=True),
+            "attention_mask": torch.from_numpy(mask).to(self.device, non_blocking=True),
+        }
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.model.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _metrics(self, watch: "_Watch") -> dict[str, Any]:
+        return {
+            "step": self.progress.step,
+            "steps": self.steps,
+            "epoch": self.progress.step / self.steps * self.epochs,
+            "learning_rate": max(self.schedule.get_last_lr()),
+            "seconds": self.seconds(),
+            "device": self._device_name(),
+            **watch.read(),
+        }
+
+    def seconds(self) -> float:
+        """Time the run took so far, over all its sessions."""
+        return self.progress.seconds + time.monotonic() - self.started
+
+    def _device_name(self) -> str:
+        if self.device.type == "cuda":
+            return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
+        return f"{self.world} x {torch.get_num_threads()} CPU threads"
+
+    def _evaluate_and_report(self, epoch: int, watch: "_Watch", *, checkpoint: bool) -> None:
+        metrics = self._metrics(watch)
+        # Every worker must report as often as the others; the first one does the work and its figures count.
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        weights = self._weights()
+        logits = self._logits(weights, self.split.validation)
+        found = score(softmax(logits), self.split.validation.labels, self.config.data.labels)
+        metrics |= {"macro_recall": found.macro_recall, "macro_f1": found.macro_f1, "accuracy": found.accuracy}
+        self.progress.epoch = epoch + 1 if checkpoint else epoch
+        if not checkpoint:
+            ray.train.report(metrics)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self._save(Path(folder), weights)
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        watch.restart()
+
+    def _weights(self) -> Any:
+        averaged = self.average is not None and int(self.average.n_averaged) > 0
+        return self.average.module if averaged and self.average is not None else self.bare
+
+    @torch.inference_mode()
+    def _logits(self, model: Any, texts: LabelledTexts) -> NDArray[np.float32]:
+        rows = self.encode(texts.texts)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        logits = np.zeros((len(rows), len(self.config.data.labels)), dtype=np.float32)
+        training = model.training
+        model.eval()
+        while order:
+            size = max(_EVALUATION_TOKENS // len(rows[order[-1]]), 1)
+            batch, order = order[-size:], order[:-size]
+            with self._autocast():
+                found = model(**self._inputs([rows[row] for row in batch])).logits
+            logits[batch] = found.float().cpu().numpy()
+        model.train(training)
+        return logits
+
+    def _save(self, folder: Path, weights: Any) -> None:
+        weights.save_pretrained(folder / WEIGHTS)
+        self.tokenizer.save_pretrained(folder / WEIGHTS)
+        state = {
+            "model": self.bare.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+            "seconds": self.seconds(),
+        }
+        torch.save(state, folder / STATE)
+
+    def resume(self, checkpoint: ray.train.Checkpoint | None) -> None:
+        """Continue from `checkpoint`, if there is one: same weights, moments, schedule and counters."""
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / STATE, map_location=self.device, weights_only=True)
+        self.bare.load_state_dict(state["model"])
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.progress = _Progress(state["epoch"], state["step"], state["seconds"])
+
+
+class _Watch:
+    """Mean loss and speed since the last reading."""
+
+    def __init__(self) -> None:
+        self._losses: list[torch.Tensor] = []
+        self._texts = 0
+        self._since = time.monotonic()
+
+    def add(self, loss: torch.Tensor, texts: int) -> None:
+        self._losses.append(loss)
+        self._texts += texts
+
+    def read(self) -> dict[str, float]:
+        """`loss` (mean) and `texts_per_s` since the last call, which this one ends."""
+        loss = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
+        speed = self._texts / max(time.monotonic() - self._since, 1e-9)
+        self._losses, self._texts = [], 0
+        self.restart()
+        return {"loss": loss, "texts_per_s": speed}
+
+    def restart(self) -> None:
+        """Leave out the time since the last reading, in which no text was trained on."""
+        self._since = time.monotonic()

@@ -1,0 +1,78 @@
+"""The pieces of plain PyTorch that the training loop puts together: loss, parameter groups, schedule."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config import OptimiserConfig
+
+_LAYER = re.compile(r"\.layers?\.(\d+)\.")
+_UNDECAYED = re.compile(r"(?:bias|LayerNorm\.weight|layer_norm\.weight|norm\.weight)$")
+
+
+def make_loss(config: OptimiserConfig, log_prior: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy of (logits [rows, labels], labels [rows]) with the class prior added to the logits.
+
+    The sum belongs to the loss alone: the model learns what is left when the prior is known, so that its own logits
+    treat all labels as equally likely beforehand (Menon et al. 2021, "Long-tail learning via logit adjustment").
+    """
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        adjusted = logits.float() + config.prior_tau * log_prior
+        return nn.functional.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing)
+
+    return loss
+
+
+def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
+    """Parameters of `model` grouped by depth and by weight decay.
+
+    The head, and whatever lies in no numbered layer, learns at the full rate; the topmost layer at `layer_decay` of
+    it, and so on down to the embeddings. Biases and normalisation weights are not decayed.
+    """
+    layers = 1 + max(
+        (int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))), default=-1
+    )
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        key = _depth(name, layers), _UNDECAYED.search(name) is None
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.learning_rate * config.layer_decay**depth,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for (depth, decayed), parameters in groups.items()
+    ]
+
+
+def _depth(name: str, layers: int) -> int:
+    if found := _LAYER.search(name):
+        return layers - int(found[1])
+    return layers + 1 if "embeddings" in name else 0
+
+
+def learning_rate_factor(config: OptimiserConfig, total_steps: int) -> Callable[[int], float]:
+    """The share of the peak learning rate at each step: up from 0 during the warm-up, then down to 0."""
+    warmup = max(round(config.warmup * total_steps), 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        left = max(total_steps - step, 0) / max(total_steps - warmup, 1)
+        return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+    return factor
+
+
+def make_average(model: nn.Module, config: OptimiserConfig) -> torch.optim.swa_utils.AveragedModel | None:
+    """The running average of the weights, or None when it is switched off."""
+    if not config.ema_decay:
+        return None
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
