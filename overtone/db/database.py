@@ -1,0 +1,146 @@
+"""A bounded pool of connections to PostgreSQL, and what its failures mean."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Self, TypeAlias, cast
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from overtone import metrics
+from overtone.errors import ConfigurationError, DatabaseUnavailableError
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+_ACQUIRE_TIMEOUT_S = 10.0
+_COMMAND_TIMEOUT_S = 60.0
+
+_REFUSED = (
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.exceptions.ClientConfigurationError,
+)
+_UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.InternalClientError,
+)
+
+
+class Database:
+    """Connections to one PostgreSQL database.
+
+    Connections that broke are replaced when they are next asked for, so a server that restarts needs no new
+    `Database`. What was under way when it broke raises `DatabaseUnavailableError` and is not repeated here: every
+    write of this package may be repeated by the caller without effect on what is already stored.
+    """
+
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+        self._pool = pool
+        self.known_months: set[int] = set()
+        """Partitions seen to exist; kept by `overtone.db.partitions`."""
+
+    @classmethod
+    async def open(cls, url: str, *, max_size: int = 8, application_name: str = "overtone") -> Self:
+        """Connect to `url` with at most `max_size` connections.
+
+        Raises:
+            ConfigurationError: the address is malformed, or the server refuses its user, password or database.
+            DatabaseUnavailableError: nothing answers there now.
+        """
+        with translated_errors():
+            pool = await asyncpg.create_pool(
+                asyncpg_dsn(url),
+                min_size=1,
+                max_size=max_size,
+                timeout=_ACQUIRE_TIMEOUT_S,
+                command_timeout=_COMMAND_TIMEOUT_S,
+                server_settings={"application_name": application_name},
+            )
+        database = cls(pool)
+        database._measure()
+        return database
+
+    async def close(self) -> None:
+        """Close every connection; those still at work after five seconds are cut."""
+        try:
+            async with asyncio.timeout(5.0):
+                await self._pool.close()
+        except TimeoutError:
+            self._pool.terminate()
+        for state in ("in_use", "idle"):
+            metrics.DB_POOL.labels(state).set(0)
+
+    async def ping(self) -> None:
+        """Raise `DatabaseUnavailableError` unless the server answers."""
+        async with self.acquire() as connection:
+            await connection.fetchval("SELECT 1", timeout=5.0)
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Connection]:
+        """Lend a connection outside any transaction.
+
+        Raises:
+            DatabaseUnavailableError: no connection came free in time, or it broke while lent.
+        """
+        with translated_errors():
+            async with self._pool.acquire(timeout=_ACQUIRE_TIMEOUT_S) as proxy:
+                self._measure()
+                yield cast(Connection, proxy)
+        self._measure()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Lend a connection inside a transaction, which commits unless the block raises."""
+        async with self.acquire() as connection, connection.transaction():
+            yield connection
+
+    def _measure(self) -> None:
+        idle = self._pool.get_idle_size()
+        metrics.DB_POOL.labels("idle").set(idle)
+        metrics.DB_POOL.labels("in_use").set(self._pool.get_size() - idle)
+
+
+def asyncpg_dsn(url: str) -> str:
+    """`url` without the driver name that SQLAlchemy addresses carry.
+
+    Raises:
+        ConfigurationError: `url` is not a PostgreSQL address.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in {"postgresql", "postgres", "postgresql+asyncpg"}:
+        raise ConfigurationError("DATABASE_URL must be a postgresql:// address.")
+    return f"postgresql://{rest}"
+
+
+def described(url: str) -> str:
+    """Where `url` points, without its user and password."""
+    try:
+        parts = urlsplit(url)
+        place = f"{parts.hostname or 'local socket'}{f':{parts.port}' if parts.port else ''}"
+    except ValueError:
+        return "an address that cannot be parsed"
+    return f"{place}, database {parts.path.lstrip('/') or 'default'}"
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Raise what asyncpg raises for a lost or refused connection as the project's own errors."""
+    try:
+        yield
+    except _REFUSED as error:
+        raise ConfigurationError(
+            f"DATABASE_URL: the address is wrong, or the server refuses its user, password or database"
+            f" ({type(error).__name__})."
+        ) from None
+    except _UNAVAILABLE as error:
+        if isinstance(error, ValueError):
+            raise
+        raise DatabaseUnavailableError(f"The database cannot be reached ({type(error).__name__}).") from error

@@ -1,0 +1,273 @@
+"""Writing posts exactly once, erasing them, and the ledgers beside them: cursor, gaps, dead letters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+import asyncpg
+
+from overtone.db.database import Connection, Database
+from overtone.db.partitions import ensure_months, is_plausible
+from overtone.db.payload import is_int64, json_text, raw_of
+from overtone.db.queries import query
+from overtone.errors import FencedError
+from overtone.logging import get_logger
+from overtone.schema import Post, datetime_to_snowflake
+from overtone.text import storable
+
+ERASURE_LOCK = 0x6F76_7274_6572_6173
+"""Advisory lock: shared by every transaction that writes posts or predictions, exclusive for one that erases."""
+
+_TAG_SEPARATOR = "\x1f"
+_POISON = (asyncpg.DataError, asyncpg.ProgramLimitExceededError, ValueError)
+
+_log = get_logger()
+
+_Row = tuple[int, int, str, datetime, str | None, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far a stream has been stored."""
+
+    stream: str
+    post_id: int
+    """The newest post stored from it; 0 for none."""
+    epoch: int
+    """Fencing number of its last leader."""
+    moved_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A span in which a stream may have missed posts."""
+
+    gap_id: int
+    stream: str
+    cause: str
+    started_at: datetime
+    ended_at: datetime | None
+    after_post_id: int | None
+    before_post_id: int | None
+    state: Literal["open", "closed", "repaired", "unrepairable"]
+    repaired_posts: int
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows fit to be stored, in the order of their ids, and posts that are not, with the reason."""
+
+    rows: list[_Row] = field(default_factory=list)
+    rejected: list[tuple[Post, str]] = field(default_factory=list)
+    by_id: dict[int, Post] = field(default_factory=dict)
+
+
+async def write_posts(db: Database, posts: Sequence[Post], *, stream: str, epoch: int | None = None) -> int:
+    """Store `posts` and return how many were new.
+
+    One transaction stores them, moves the cursor of `stream` to the newest of them and adds to the tallies; it may
+    be repeated with the same posts any number of times. Posts that were erased stay erased. A post that cannot be
+    stored, for an impossible id or a value PostgreSQL refuses, becomes a dead letter and holds up no other.
+
+    Raises:
+        FencedError: `epoch` is given and a later leader has taken over `stream`; nothing was stored.
+        DatabaseUnavailableError: nothing was stored, or the answer was lost; repeat the call.
+    """
+    if not posts:
+        return 0
+    batch = _prepare(posts, datetime.now(UTC))
+    await ensure_months(db, (row[0] for row in batch.rows))
+    try:
+        return await _write(db, batch, stream, epoch)
+    except asyncpg.CheckViolationError:
+        # A partition that this process has seen was detached since.
+        db.known_months.clear()
+        await ensure_months(db, (row[0] for row in batch.rows))
+        return await _write(db, batch, stream, epoch)
+
+
+async def delete_posts(db: Database, post_ids: Sequence[int], *, reason: str) -> int:
+    """Erase posts with their predictions, feedback and dead letters, leave tombstones; return how many were stored."""
+    async with db.transaction() as connection:
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", ERASURE_LOCK)
+        return int(await connection.fetchval(query("delete_posts"), list(post_ids), reason))
+
+
+async def unclassified(
+    db: Database, model_version: str | None, *, since: datetime | None = None, after_post_id: int = 0, limit: int = 1000
+) -> list[tuple[int, str]]:
+    """Posts (id, text) without a prediction by `model_version`, or by any model if it is None, oldest first.
+
+    `since` bounds the time the post was made. To walk through all of them, pass the last id of one answer as
+    `after_post_id` of the next call.
+    """
+    first = max(after_post_id, datetime_to_snowflake(since) - 1 if since else 0)
+    async with db.acquire() as connection:
+        rows = await connection.fetch(query("unclassified"), first, model_version, limit)
+    return [(row["post_id"], row["text"]) for row in rows]
+
+
+async def cursor(db: Database, stream: str) -> Cursor | None:
+    """How far `stream` has been stored; None before its first post."""
+    async with db.acquire() as connection:
+        row = await connection.fetchrow(
+            "SELECT stream, post_id, epoch, moved_at FROM overtone.stream_cursor WHERE stream = $1", stream
+        )
+    return Cursor(**row) if row else None
+
+
+async def claim_stream(db: Database, stream: str) -> int:
+    """Become the leader of `stream`: the epoch to write with from now on. Writers with an older one are refused."""
+    async with db.transaction() as connection:
+        return int(
+            await connection.fetchval(
+                "INSERT INTO overtone.stream_cursor AS c (stream, post_id, epoch) VALUES ($1, 0, 1)"
+                " ON CONFLICT (stream) DO UPDATE SET epoch = c.epoch + 1 RETURNING epoch",
+                stream,
+            )
+        )
+
+
+async def write_dead_letter(db: Database, raw: bytes, reason: str, *, post_id: int | None = None) -> None:
+    """Put `raw` aside; the same bytes again only count an attempt. Give `post_id` if known: erasure looks for it."""
+    async with db.transaction() as connection:
+        await _write_dead_letters(connection, [(raw, reason, post_id)])
+
+
+async def open_gap(
+    db: Database, stream: str, cause: str, *, started_at: datetime | None = None, after_post_id: int | None = None
+) -> int:
+    """Write down that `stream` may be missing posts from `started_at` (now) on; return the gap's id."""
+    async with db.transaction() as connection:
+        return int(
+            await connection.fetchval(
+                "INSERT INTO overtone.stream_gaps (stream, cause, started_at, after_post_id)"
+                " VALUES ($1, $2, coalesce($3, now()), $4) RETURNING id",
+                stream,
+                cause,
+                started_at,
+                after_post_id,
+            )
+        )
+
+
+async def close_gap(
+    db: Database,
+    gap_id: int,
+    *,
+    state: Literal["closed", "repaired", "unrepairable"] = "closed",
+    before_post_id: int | None = None,
+    repaired_posts: int = 0,
+) -> None:
+    """Write down that the gap ended, and what became of it: `closed` ones still wait for repair."""
+    async with db.transaction() as connection:
+        await connection.execute(
+            "UPDATE overtone.stream_gaps SET state = $2, ended_at = coalesce(ended_at, now()),"
+            " before_post_id = coalesce($3, before_post_id), repaired_posts = repaired_posts + $4 WHERE id = $1",
+            gap_id,
+            state,
+            before_post_id,
+            repaired_posts,
+        )
+
+
+async def list_gaps(db: Database, stream: str | None = None, *, limit: int = 100) -> list[Gap]:
+    """The newest gaps of `stream`, or of all streams."""
+    async with db.acquire() as connection:
+        rows = await connection.fetch(
+            "SELECT id AS gap_id, stream, cause, started_at, ended_at, after_post_id, before_post_id, state,"
+            " repaired_posts FROM overtone.stream_gaps WHERE $1::text IS NULL OR stream = $1"
+            " ORDER BY started_at DESC, id DESC LIMIT $2",
+            stream,
+            limit,
+        )
+    return [Gap(**row) for row in rows]
+
+
+def _prepare(posts: Sequence[Post], now: datetime) -> _Batch:
+    batch = _Batch()
+    for post in posts:
+        reason = _impossible(post, now)
+        if reason is None:
+            try:
+                batch.rows.append(_row(post))
+                batch.by_id[post.post_id] = post
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None:
+            batch.rejected.append((post, reason))
+    batch.rows.sort(key=lambda row: row[0])
+    return batch
+
+
+def _impossible(post: Post, now: datetime) -> str | None:
+    if not is_plausible(post.post_id, now):
+        return "the post id is not positive or lies in the future"
+    if not is_int64(post.author_id):
+        return "the author id does not fit 64 bits"
+    return None
+
+
+def _row(post: Post) -> _Row:
+    tags = _TAG_SEPARATOR.join(storable(tag).replace(_TAG_SEPARATOR, " ") for tag in post.rule_tags)
+    lang = None if post.lang is None else storable(post.lang)
+    payload = json_text(post.payload)
+    return post.post_id, post.author_id, storable(post.text), post.created_at, lang, tags, payload
+
+
+async def _write(db: Database, batch: _Batch, stream: str, epoch: int | None) -> int:
+    try:
+        return await _transact(db, batch, stream, epoch, careful=False)
+    except _POISON:
+        return await _transact(db, batch, stream, epoch, careful=True)
+
+
+async def _transact(db: Database, batch: _Batch, stream: str, epoch: int | None, *, careful: bool) -> int:
+    async with db.transaction() as connection:
+        await connection.execute("SELECT pg_advisory_xact_lock_shared($1)", ERASURE_LOCK)
+        rejected = list(batch.rejected)
+        if careful:
+            stored = await _insert_around_poison(connection, batch, batch.rows, stream, rejected)
+        else:
+            stored = await _insert(connection, batch.rows, stream)
+        if stored:
+            await connection.execute(query("add_tallies"), "posts", [""], [stored])
+        if rejected:
+            letters = [(raw_of(post), reason, _known_id(post)) for post, reason in rejected]
+            await _write_dead_letters(connection, letters)
+            _log.warning("posts.rejected", posts=len(rejected), reasons=sorted({reason for _, reason in rejected}))
+        newest = batch.rows[-1][0] if batch.rows else 0
+        if await connection.fetchval(query("move_cursor"), stream, newest, epoch) is None:
+            raise FencedError(f"Another leader has taken over the stream {stream!r}.", stream=stream, epoch=epoch)
+    return stored
+
+
+async def _insert(connection: Connection, rows: Sequence[_Row], stream: str) -> int:
+    columns = list(zip(*rows, strict=True)) or [()] * 7
+    return int(await connection.fetchval(query("write_posts"), *columns, stream))
+
+
+async def _insert_around_poison(
+    connection: Connection, batch: _Batch, rows: Sequence[_Row], stream: str, rejected: list[tuple[Post, str]]
+) -> int:
+    try:
+        async with connection.transaction():
+            return await _insert(connection, rows, stream)
+    except _POISON as error:
+        if len(rows) == 1:
+            rejected.append((batch.by_id[rows[0][0]], f"PostgreSQL refuses a value: {type(error).__name__}"))
+            return 0
+    middle = len(rows) // 2
+    return await _insert_around_poison(
+        connection, batch, rows[:middle], stream, rejected
+    ) + await _insert_around_poison(connection, batch, rows[middle:], stream, rejected)
+
+
+def _known_id(post: Post) -> int | None:
+    return post.post_id if is_int64(post.post_id) else None
+
+
+async def _write_dead_letters(connection: Connection, letters: Sequence[tuple[bytes, str, int | None]]) -> None:
+    raws, reasons, ids = zip(*letters, strict=True)
+    await connection.execute(query("write_dead_letters"), raws, [storable(reason) for reason in reasons], ids)
