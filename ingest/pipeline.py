@@ -1,0 +1,270 @@
+"""The whole of the ingestion, put together: stream -> inbox -> posts -> classifier -> predictions, repair beside it.
+
+`Ingestion` is what entry points run: it starts a pipeline, and another one whenever it fails unexpectedly.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from ingest.api import XApi
+from ingest.classify import Classifier
+from ingest.options import IngestOptions, is_loopback
+from ingest.predict import client_for
+from ingest.repair import Repairer
+from ingest.store import PostStore, Writer
+from ingest.stream import Inbox, StreamSupervisor
+from ingest.waiting import until_it_works
+from overtone.db.database import Database
+from overtone.db.posts import claim_stream
+from overtone.errors import ConfigurationError, OvertoneError, StreamError, StreamFatalError
+from overtone.logging import get_logger
+from overtone.schema import Post
+from overtone.settings import Settings
+
+_MAX_RESTART_WAIT_S = 30.0
+_GOOD_RUN_S = 60.0
+
+_log = get_logger()
+T = TypeVar("T")
+
+
+class Pipeline:
+    """One life of the ingestion."""
+
+    def __init__(self, settings: Settings, options: IngestOptions) -> None:
+        """Check what can be checked without a connection.
+
+        Raises:
+            ConfigurationError: a setting that is needed is missing.
+        """
+        if settings.database_url is None:
+            raise ConfigurationError("DATABASE_URL is not set: ingestion needs the database that `overtone up` starts.")
+        if settings.twitter_bearer_token is None:
+            raise ConfigurationError(
+                "TWITTER_BEARER_TOKEN is not set. To use the simulator, start `python -m ingest.simulator`, point "
+                "X_API_BASE_URL at it and set any token."
+            )
+        self._settings = settings
+        self._options = options
+        self._token = settings.twitter_bearer_token.get_secret_value()
+        self._database_url = settings.database_url.get_secret_value()
+        self.source = source_name(settings.x_api_base_url)
+        self._inbox: Inbox = asyncio.Queue(options.stream.queue_lines)
+        self._supervisor: StreamSupervisor | None = None
+        self._classifier: Classifier | None = None
+        self._store: PostStore | None = None
+        self._repairer: Repairer | None = None
+        self._last_error: str | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Ingest until `stop` is set; then store and classify what was received, within `drain_s` seconds.
+
+        Raises:
+            StreamFatalError: the X API refuses for good. What was received is stored and classified first.
+            FencedError: a later process has taken over the stream.
+            ConfigurationError: the database refuses the address.
+        """
+        async with AsyncExitStack() as stack:
+            db = await self._unless(stop, self._open_database())
+            if db is None:
+                return
+            stack.push_async_callback(db.close)
+            epoch = await self._unless(stop, until_it_works(lambda: claim_stream(db, self.source), self._note))
+            if epoch is None:
+                return
+            api = await stack.enter_async_context(XApi(self._settings.x_api_base_url, self._token))
+            client = await stack.enter_async_context(client_for(self._settings, self._options.classify.timeout_s))
+            self._classifier = Classifier(db, client, self._options.classify)
+            self._store = PostStore(db, self._classifier, epoch=epoch)
+            await self._run_parts(stop, db, api)
+
+    def status(self) -> dict[str, Any]:
+        """Plain figures: what runs, how far it is, what is wrong."""
+        figures: dict[str, Any] = {"source": self.source, "connected": False, "queue_lines": self._inbox.qsize()}
+        errors = [self._last_error]
+        if self._supervisor is not None:
+            stream = self._supervisor.status
+            figures |= {"connected": stream.is_connected, "connects": stream.connects, "waiting_s": stream.waiting_s}
+            errors.append(None if stream.is_connected else stream.last_error)
+        if self._store is not None:
+            stored = self._store.status
+            figures |= {
+                "posts_received": stored.posts_received,
+                "posts_stored": stored.posts_stored,
+                "lag_s": stored.lag_s,
+                "dead_letters": stored.dead_letters,
+            }
+        if self._repairer is not None:
+            repair = self._repairer.status
+            figures |= {"open_gaps": repair.open_gaps, "repaired_posts": repair.repaired_posts}
+            errors.append(repair.last_error)
+        if self._classifier is not None:
+            classified = self._classifier.status
+            figures |= {
+                "predictions_stored": classified.predictions_stored,
+                "pending_posts": self._classifier.pending,
+                "refused_posts": classified.refused,
+            }
+            errors.append(classified.last_error)
+        figures["last_error"] = next((error for error in errors if error), None)
+        return figures
+
+    async def _run_parts(self, stop: asyncio.Event, db: Database, api: XApi) -> None:
+        store, classifier = self._store, self._classifier
+        assert store is not None
+        assert classifier is not None
+        options, search_stream = self._options, f"{self.source}_search"
+
+        async def store_found(posts: Sequence[Post]) -> int:
+            return await store.store(posts, stream=search_stream)
+
+        fields = {"tweet_fields": options.tweet_fields, "expansions": options.expansions}
+        self._repairer = Repairer(
+            db, api, stream=self.source, rules=options.rules, fields=fields, options=options.repair, store=store_found
+        )
+        self._supervisor = StreamSupervisor(
+            api, self._token, rules=options.rules, fields=fields, options=options.stream
+        )
+        writer = Writer(self._inbox, store, self._repairer, stream=self.source, options=options.write)
+        parts = [classifier.run(), writer.run(), self._repairer.run(), self._supervisor.run(self._inbox)]
+
+        async def drain() -> None:
+            await writer.finish()
+            await classifier.finish()
+
+        await _run_until(stop, parts, drain, options.drain_s)
+
+    async def _open_database(self) -> Database:
+        return await until_it_works(
+            lambda: Database.open(self._database_url, application_name="overtone-ingest"), self._note
+        )
+
+    async def _unless(self, stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`, or None when `stop` is set before it is there."""
+        task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            await _cancel([task, stopped])
+
+    def _note(self, error: OvertoneError) -> None:
+        if error.message != self._last_error:
+            _log.warning("ingest.delayed", code=error.code, reason=error.message)
+        self._last_error = error.message
+
+
+class Ingestion:
+    """Runs pipelines one after another: an unexpected failure costs a pause and a new pipeline, never silence."""
+
+    def __init__(self, settings: Settings, options: IngestOptions) -> None:
+        self._settings = settings
+        self._options = options
+        self._pipeline: Pipeline | None = None
+        self._state = "starting"
+        self._restarts = 0
+        self._began = time.monotonic()
+        self._last_error: str | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Ingest until `stop` is set.
+
+        Raises:
+            ConfigurationError, StreamFatalError, FencedError: starting again cannot help.
+        """
+        wait_s = 1.0
+        try:
+            while not stop.is_set():
+                began = time.monotonic()
+                try:
+                    self._pipeline = Pipeline(self._settings, self._options)
+                    self._state = "running"
+                    await self._pipeline.run(stop)
+                except OvertoneError as error:
+                    self._last_error = error.message
+                    if isinstance(error, ConfigurationError) or (
+                        isinstance(error, StreamError) and not error.retryable
+                    ):
+                        _log.error("ingest.stopped", code=error.code, reason=error.message)
+                        raise
+                    _log.exception("ingest.failed", code=error.code)
+                except Exception as error:  # a defect must not end the ingestion
+                    self._last_error = f"{type(error).__name__} in the pipeline; the log has the trace"
+                    _log.exception("ingest.failed")
+                else:
+                    continue
+                self._state = "restarting"
+                self._restarts += 1
+                wait_s = 1.0 if time.monotonic() - began > _GOOD_RUN_S else min(wait_s * 2, _MAX_RESTART_WAIT_S)
+                await _sleep_unless(stop, wait_s)
+        finally:
+            self._state = "stopped"
+
+    def status(self) -> dict[str, Any]:
+        """The figures of the present pipeline and of this process. Callable from any thread."""
+        figures = self._pipeline.status() if self._pipeline is not None else {"connected": False}
+        return {
+            "state": self._state,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._began, 1),
+            "restarts": self._restarts,
+            **figures,
+            "last_error": figures.get("last_error") or self._last_error,
+        }
+
+
+def source_name(base_url: str) -> str:
+    """The name under which posts, cursor and gaps of the API at `base_url` are kept.
+
+    The simulator's is another one than X's: a cursor of the one must not make the other fetch anything.
+    """
+    return "simulator" if is_loopback(base_url) else "filtered_stream"
+
+
+async def _run_until(
+    stop: asyncio.Event,
+    parts: Sequence[Coroutine[Any, Any, None]],
+    drain: Callable[[], Awaitable[None]],
+    drain_s: float,
+) -> None:
+    """Run `parts`, the last of which brings in new work, until `stop` is set or one of them ends."""
+    tasks = [asyncio.create_task(part) for part in parts]
+    source, stopped = tasks[-1], asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({*tasks, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        failed = [task for task in tasks if task in done]
+        if all(_ended_fatally(task) and task is source for task in failed):
+            await _cancel([source])
+            await _drained(drain, drain_s)
+        for task in failed:
+            task.result()
+    finally:
+        await _cancel([*tasks, stopped])
+
+
+def _ended_fatally(task: asyncio.Task[None]) -> bool:
+    return not task.cancelled() and isinstance(task.exception(), StreamFatalError)
+
+
+async def _drained(drain: Callable[[], Awaitable[None]], drain_s: float) -> None:
+    try:
+        await asyncio.wait_for(drain(), drain_s)
+    except TimeoutError:
+        _log.warning("ingest.drain_cut", drain_s=drain_s, advice="the next start goes on where this one stopped")
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _sleep_unless(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return
