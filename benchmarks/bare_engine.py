@@ -1,0 +1,160 @@
+"""Texts a second of the engine alone: one process and one thread a core, texts tokenised before, sorted by length.
+
+This is the most that a server on the same machine can reach, so every figure of the server is divided by it.
+"""
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from overtone.bundle import TextEncoder, load_bundle
+from overtone.engine import BUDGET_TOKENS, open_engine, pad, plan_batches
+
+PLAIN_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the processes load once, before anything is measured."""
+
+    bundle: Path | None
+    texts: list[str]
+
+
+def usable_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BareEngine:
+    """Engine processes that wait, without using a core, until they are told to measure."""
+
+    def __init__(self, job: Job, workers: int | None = None) -> None:
+        """Start `workers` processes (default: one a core this process may use) and wait until each has loaded."""
+        self.workers = workers or usable_cores()
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for number in range(self.workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, job, number), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            pipe.recv()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(10)
+
+    def texts_per_s(self, seconds: float, budget_tokens: int = BUDGET_TOKENS) -> float:
+        """Of all processes together, in batches of like length of at most `budget_tokens` padded tokens."""
+        for pipe in self._pipes:
+            pipe.send(("sorted", (seconds, budget_tokens)))
+        return float(sum(pipe.recv() for pipe in self._pipes))
+
+    def wide_texts_per_s(self, seconds: float, budget_tokens: int = BUDGET_TOKENS) -> float:
+        """Of one session with a thread a core, instead of one session a core."""
+        return float(self._ask_first("wide", (seconds, budget_tokens, self.workers)))
+
+    def plain_texts_per_s(self, seconds: float) -> float:
+        """Of the same file in an ONNX Runtime session with default options, batches in order of arrival."""
+        return float(self._ask_first("plain", (seconds,)))
+
+    def single_ms(self, texts: int) -> list[float]:
+        """Milliseconds of each of `texts` texts, one at a time."""
+        result: list[float] = self._ask_first("single", (texts,))
+        return result
+
+    def _ask_first(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        self._pipes[0].send((name, arguments))
+        return self._pipes[0].recv()
+
+
+class _Worker:
+    def __init__(self, job: Job, number: int) -> None:
+        self._dice = random.Random(number)
+        self._bundle = load_bundle(job.bundle)
+        self._token_ids = TextEncoder(self._bundle).encode(job.texts)
+        self._engine = open_engine(self._bundle)
+        self._wide: Any = None
+        self._plain: Any = None
+
+    def sorted(self, seconds: float, budget_tokens: int) -> float:
+        return self._rate(self._engine.classify, self._sorted_batches(budget_tokens), seconds)
+
+    def wide(self, seconds: float, budget_tokens: int, threads: int) -> float:
+        if self._wide is None:
+            self._wide = open_engine(self._bundle, threads)
+        return self._rate(self._wide.classify, self._sorted_batches(budget_tokens), seconds)
+
+    def plain(self, seconds: float) -> float:
+        batches = [self._token_ids[at : at + PLAIN_BATCH] for at in range(0, len(self._token_ids), PLAIN_BATCH)]
+        return self._rate(self._classify_plainly, batches, seconds)
+
+    def single(self, texts: int) -> list[float]:
+        samples = []
+        for ids in self._dice.sample(self._token_ids, min(texts, len(self._token_ids))):
+            started = time.perf_counter()
+            self._engine.classify([ids])
+            samples.append((time.perf_counter() - started) * 1000)
+        return samples
+
+    def _sorted_batches(self, budget_tokens: int) -> list[list[list[int]]]:
+        plan = plan_batches([len(ids) for ids in self._token_ids], budget_tokens)
+        # Shuffled, so that any stretch of time sees short and long texts as often as they occur.
+        self._dice.shuffle(plan)
+        return [[self._token_ids[row] for row in rows] for rows in plan]
+
+    def _classify_plainly(self, token_ids: list[list[int]]) -> None:
+        if self._plain is None:
+            import onnxruntime
+
+            self._plain = onnxruntime.InferenceSession(str(self._bundle.model_path))
+        inputs = self._plain.get_inputs()
+        ids, mask = pad(token_ids, np.int32 if inputs[0].type == "tensor(int32)" else np.int64)
+        values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        self._plain.run(None, {node.name: values[node.name] for node in inputs})
+
+    def _rate(
+        self, classify: Callable[[list[list[int]]], Any], batches: list[list[list[int]]], seconds: float
+    ) -> float:
+        for batch in batches[:3]:
+            classify(batch)
+        done = number = 0
+        started = time.perf_counter()
+        while (now := time.perf_counter()) - started < seconds:
+            batch = batches[number % len(batches)]
+            classify(batch)
+            done += len(batch)
+            number += 1
+        return done / (now - started)
+
+
+def _serve(pipe: Connection, job: Job, number: int) -> None:
+    worker = _Worker(job, number)
+    pipe.send("ready")
+    while True:
+        try:
+            name, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(getattr(worker, name)(*arguments))

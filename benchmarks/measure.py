@@ -1,0 +1,115 @@
+"""What is measured, round by round: the engine alone, then the server, then the engine alone again."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bare_engine import PLAIN_BATCH, BareEngine
+from benchmarks.load import Load, Outcome, Target
+from benchmarks.results import Result, middle, ratio
+from overtone.engine import BUDGET_TOKENS
+
+BUDGETS = (128, 256, 384, 512, 1024)
+BATCH_TEXTS = 256
+SINGLE_CONNECTIONS = 64
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure."""
+
+    rounds: int
+    seconds: float
+    """Of one stretch; a round has one stretch of each side."""
+    warm_up_s: float
+
+
+def measure_engine(engine: BareEngine, effort: Effort, say: Say) -> dict[str, Result]:
+    """The engine against plain use of ONNX Runtime, and texts a second around the default budget."""
+    ours: list[float] = []
+    plain: list[float] = []
+    wide: list[float] = []
+    budgets: dict[int, list[float]] = defaultdict(list)
+    engine.texts_per_s(effort.warm_up_s)
+    for number in range(effort.rounds):
+        say(f"engine, round {number + 1} of {effort.rounds}")
+        ours.append(engine.texts_per_s(effort.seconds))
+        plain.append(engine.plain_texts_per_s(effort.seconds))
+        wide.append(engine.wide_texts_per_s(effort.seconds / 2))
+        for budget in BUDGETS:
+            budgets[budget].append(engine.texts_per_s(effort.seconds / 2, budget))
+    detail = {"ours_texts_per_s": ours, "plain_texts_per_s": plain}
+    plain_means = f"the same model file, default session options, batches of {PLAIN_BATCH} in order of arrival"
+    layouts = {
+        "processes": engine.workers,
+        "threads_each": 1,
+        "budget_tokens": BUDGET_TOKENS,
+        "by_budget_tokens": {str(budget): middle(samples, 1) for budget, samples in budgets.items()},
+        "one_session_of_all_threads": middle(wide, 1),
+    }
+    return {
+        "engine.texts_per_s": Result(middle(ours, 1), "texts/s", True, {"samples": ours, **layouts}),
+        "engine.ratio_to_plain_ort": ratio(ours, plain, plain=plain_means, **detail),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One kind of load, repeated in every round."""
+
+    name: str
+    load: Load
+    connections: int
+
+
+def measure_server(
+    target: Target, engine: BareEngine, texts: list[str], effort: Effort, folder: Path, say: Say
+) -> dict[str, Result]:
+    """The server under load, each stretch between two stretches of the engine alone on the idle server's machine."""
+    single = Load(target, "/predict", texts, batch=None, folder=folder)
+    batch = Load(target, "/predict/batch", texts, batch=BATCH_TEXTS, folder=folder)
+    # Two requests a replica: one in the engine, one that waits for it.
+    cases = [
+        _Case(f"serve.single.c{SINGLE_CONNECTIONS}", single, SINGLE_CONNECTIONS),
+        _Case(f"serve.batch{BATCH_TEXTS}", batch, 2 * engine.workers),
+    ]
+    for case in cases:
+        case.load.run(case.connections, effort.warm_up_s)
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    bare: dict[str, list[float]] = defaultdict(list)
+    lone_ms: list[float] = []
+    lone: list[Outcome] = []
+    before = engine.texts_per_s(effort.seconds)
+    for number in range(effort.rounds):
+        for case in cases:
+            say(f"{case.name}, round {number + 1} of {effort.rounds}")
+            outcomes[case.name].append(case.load.run(case.connections, effort.seconds))
+            after = engine.texts_per_s(effort.seconds)
+            bare[case.name].append((before + after) / 2)
+            before = after
+        lone_ms.append(middle(engine.single_ms(200)))
+        lone.append(single.run(1, min(effort.seconds, 3.0)))
+    results = {
+        f"{case.name}.ratio_to_engine": _against_engine(case, outcomes[case.name], bare[case.name]) for case in cases
+    }
+    overheads = [round(outcome.p50_ms - alone, 4) for outcome, alone in zip(lone, lone_ms, strict=True)]
+    detail: dict[str, Any] = {"samples": overheads, "engine_p50_ms": lone_ms, "server": [asdict(each) for each in lone]}
+    return {**results, "serve.single.c1.overhead_ms": Result(middle(overheads), "ms", False, detail)}
+
+
+def _against_engine(case: _Case, outcomes: list[Outcome], bare: list[float]) -> Result:
+    return ratio(
+        [outcome.texts_per_s for outcome in outcomes],
+        bare,
+        connections=case.connections,
+        generator=case.load.generator,
+        texts_per_s=middle([outcome.texts_per_s for outcome in outcomes], 1),
+        p50_ms=middle([outcome.p50_ms for outcome in outcomes], 2),
+        p99_ms=middle([outcome.p99_ms for outcome in outcomes], 2),
+        engine_texts_per_s=bare,
+        server=[asdict(outcome) for outcome in outcomes],
+    )

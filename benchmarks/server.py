@@ -1,0 +1,86 @@
+"""A server of the benchmark's own: `overtone up` in a home that is thrown away after, on a port of its own."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from benchmarks.load import Target
+from overtone.errors import UnavailableError
+from overtone.settings import Settings, environment_for
+
+# One post in a quarter of an hour: the stack is whole, as users run it, and the ingest actor leaves the cores alone.
+_SIMULATOR_RATE = "0.001"
+_START_S = 240
+_STOP_S = 120
+
+
+@contextlib.contextmanager
+def own_server(settings: Settings, home: Path) -> Iterator[Target]:
+    """Start the stack with its state in `home`, stop it whole at the end.
+
+    Raises:
+        UnavailableError: it did not start; the message holds what it said.
+    """
+    port = _free_port()
+    environment = _environment(settings, home, port)
+    try:
+        _command(["up", "--detach"], environment, home, _START_S)
+        url = f"http://127.0.0.1:{port}"
+        _await_ready(url)
+        yield Target(url, "X-API-Key", (home / "api_key").read_text(encoding="utf-8").strip())
+    finally:
+        _command(["down"], environment, home, _STOP_S)
+
+
+def _environment(settings: Settings, home: Path, port: int) -> dict[str, str]:
+    chosen = {
+        "OVERTONE_HOME": str(home),
+        "API_HOST": "127.0.0.1",
+        "API_PORT": str(port),
+        "SIMULATOR_RATE": _SIMULATOR_RATE,
+        "LOG_LEVEL": "WARNING",
+    }
+    environment = environment_for(settings, **chosen)
+    # The user's own stores and token are not for measuring with.
+    for name in ("DATABASE_URL", "REDIS_URL", "TWITTER_BEARER_TOKEN", "OVERTONE_API_KEY", "API_KEY_HEADER"):
+        environment.pop(name, None)
+    if settings.bundle is not None:
+        environment["BUNDLE"] = str(settings.bundle.absolute())
+    return environment
+
+
+def _command(arguments: list[str], environment: dict[str, str], home: Path, timeout_s: float) -> None:
+    # In the new home, where there is no `.env` of the user's.
+    result = subprocess.run(
+        [sys.executable, "-m", "overtone.cli", *arguments],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    if result.returncode:
+        said = (result.stderr.strip() or result.stdout.strip())[-2000:]
+        raise UnavailableError(f"`overtone {' '.join(arguments)}` ended with {result.returncode}:{os.linesep}{said}")
+
+
+def _await_ready(url: str) -> None:
+    for attempt in Retrying(
+        stop=stop_after_delay(60), wait=wait_fixed(0.2), retry=retry_if_exception_type(httpx.HTTPError), reraise=True
+    ):
+        with attempt:
+            httpx.get(f"{url}/ready", timeout=5.0).raise_for_status()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
