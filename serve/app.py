@@ -24,6 +24,7 @@ class ServeArgs(BaseModel):
     replicas: int | None = Field(None, ge=1, le=1024, description="Default: SERVE_REPLICAS, or one a core, at most 8.")
     threads: int = Field(1, ge=1, le=256, description="Engine threads a replica.")
     bundle: str | None = Field(None, description="Folder of the bundle. Default: BUNDLE, or the one in the package.")
+    metrics_folder: str | None = Field(None, description="Folder through which replicas add up their metrics.")
     budget_tokens: int = Field(_LIMITS.budget_tokens, ge=16, le=1_000_000, description="Padded tokens a batch.")
     max_interactive_texts: int = Field(_LIMITS.max_interactive_texts, ge=1, le=1_000_000)
     max_bulk_texts: int = Field(_LIMITS.max_bulk_texts, ge=1, le=10_000_000)
@@ -44,12 +45,14 @@ def build(args: ServeArgs) -> Application:
         bulk_deadline_s=args.bulk_deadline_s,
     )
     replicas = args.replicas or load_settings().serve_replicas or min(8, os.cpu_count() or 1)
+    # Before the process starts: `prometheus_client` reads it on import.
+    variables = {"PROMETHEUS_MULTIPROC_DIR": args.metrics_folder} if args.metrics_folder else {}
     application: Application = deployment.options(
         num_replicas=replicas,
         user_config=LiveOptions(bundle=args.bundle).model_dump(),
         # The batcher is the queue and refuses by itself; Serve's own limit only guards its memory.
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": args.threads},
+        ray_actor_options={"num_cpus": args.threads, "runtime_env": {"env_vars": variables}},
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.2,

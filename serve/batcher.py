@@ -29,7 +29,7 @@ _RATE_MEMORY = 0.9
 class Limits:
     """What a batcher may hold and run."""
 
-    budget_tokens: int = 512
+    budget_tokens: int = 256
     """Padded tokens a batch: rows times the longest. One longer row makes a batch of its own."""
     max_interactive_texts: int = 1024
     """Interactive texts that may wait. A larger request is still taken when nothing of its priority waits."""

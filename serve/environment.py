@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import os
 import shutil
+import socket
 import stat
 import tempfile
 from importlib.util import find_spec
@@ -57,7 +58,6 @@ def serve_environment(
     *,
     host: str,
     folder: Path,
-    metrics_folder: Path | None = None,
     first_replica_port: int = 30000,
 ) -> dict[str, str]:
     """The variables to add to the environment of `ray start` (and of every process that joins that Ray instance).
@@ -65,7 +65,10 @@ def serve_environment(
     With a loopback `host` nothing of Ray or Serve listens beyond loopback, if Ray is also started with
     `--node-ip-address 127.0.0.1`. `folder` is the stack's own (see `runtime_folder`): it is made if needed, readable by
     its owner alone, and holds what HAProxy needs. Replicas listen on the first free ports from `first_replica_port` on;
-    stacks that share a machine may share the range. `metrics_folder` is where replicas add up their metrics.
+    stacks that share a machine may share the range.
+
+    The folder of the metrics is not among the variables: Ray's own processes would write their metrics there too. It
+    reaches the replicas through `ServeArgs.metrics_folder`.
 
     Raises:
         EnvironmentProblemError: `folder` cannot be used.
@@ -75,6 +78,8 @@ def serve_environment(
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+        # A tenth of a second by default, which is a steady part of a small machine.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_replica_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_replica_port + 1000),
         # HAProxy looks at a replica every second (below), and sends a refused request to another one.
@@ -87,8 +92,6 @@ def serve_environment(
         # Ray turns a loopback node address into the machine's own unless it believes to be on a laptop; only with a
         # loopback node address do its servers listen on loopback alone.
         variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    if metrics_folder is not None:
-        variables["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_folder)
     binary = find_haproxy()
     return variables | (_haproxy(folder, binary) if binary else _python_proxy())
 
@@ -156,12 +159,20 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
         "TUNE_BUFSIZE": "65536",
     }
     variables = {f"RAY_SERVE_HAPROXY_{name}": value for name, value in prefixed.items()}
-    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **variables}
+    # Ray's Python proxy stands by for the time when no replica is up.
+    stand_by = {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port())}
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **stand_by, **variables}
 
 
 def _python_proxy() -> dict[str, str]:
     """Ray's own proxy, for machines without HAProxy: slower, but the same answers."""
     return {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+    return port
 
 
 def _make_private(folder: Path) -> None:

@@ -13,14 +13,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from http import HTTPStatus
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -30,9 +28,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from overtone import __version__, errors, metrics
 from overtone.bundle import Bundle
 from overtone.logging import get_logger
-from serve import bodies, wire
+from serve import bodies
 from serve.auth import Identity, KeyRing
 from serve.classifier import INTERACTIVE_TEXTS, Classifier, Scores
+from serve.files import file_response
+from serve.openapi import ROUTES, describe
 
 SESSION_COOKIE = "overtone_session"
 _SESSION_S = 7 * 86_400
@@ -56,24 +56,6 @@ STATUS: Mapping[type[errors.OvertoneError], int] = {
 _JSON = "application/json"
 _PROBLEM_JSON = "application/problem+json"
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
-_PAGE = "serve.page"
-_STATIC_PATH = re.compile(r"[\w-]+(?:[./][\w-]+)*")
-_TYPES = {
-    "html": "text/html; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "css": "text/css; charset=utf-8",
-    "svg": "image/svg+xml",
-    "png": "image/png",
-    "ico": "image/x-icon",
-    "woff2": "font/woff2",
-    "json": _JSON,
-    "txt": "text/plain; charset=utf-8",
-}
-_PAGE_POLICY = (
-    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; object-src 'none'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
-
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -96,6 +78,8 @@ class Service:
     api_key_header: str = "X-API-Key"
     cors_origins: tuple[str, ...] = ()
     metrics_folder: Path | None = None
+    sends_request_id: bool = True
+    """False where the server in front has put an id on the request and will put it on the answer."""
     interactive_deadline_s: float = 30.0
     bulk_deadline_s: float = 600.0
 
@@ -117,14 +101,15 @@ def create_app(service: Service) -> ASGIApp:
             allow_headers=[service.api_key_header, "Authorization", "Content-Type", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    return _Edge(app)
+    return _Edge(app, service.sends_request_id)
 
 
 class _Edge:
     """Outermost: the request's id on every answer, and its count and duration."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, sends_id: bool) -> None:
         self._app = app
+        self._sends_id = sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -138,7 +123,8 @@ class _Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                if self._sends_id:
+                    message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
             await send(message)
 
         try:
@@ -255,13 +241,13 @@ class _Routes:
         return response
 
     async def page(self, request: Request) -> Response:
-        return _file("index.html")
+        return file_response("index.html")
 
     async def docs(self, request: Request) -> Response:
-        return _file("docs.html")
+        return file_response("docs.html")
 
     async def static(self, request: Request) -> Response:
-        return _file(request.path_params["path"])
+        return file_response(request.path_params["path"])
 
     async def _authorise(self, request: Request, scope: str) -> Identity:
         return await self._service.keys.check(self._secret(request), scope)
@@ -330,113 +316,15 @@ def _framework(service: Service, routes: _Routes) -> FastAPI:
     app.add_exception_handler(errors.OvertoneError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
-    for route in _declared(routes):
-        app.add_api_route(**route)
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = _openapi(app, service.api_key_header)
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+    for route in ROUTES:
+        handler: Handler = getattr(routes, route.handler)
+        app.add_api_route(route.path, handler, **route.options())
+    describe(app, api_key_header=service.api_key_header, session_cookie=SESSION_COOKIE)
     return app
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return problem_response(request, error)
-
-
-def _declared(routes: _Routes) -> list[dict[str, Any]]:
-    """Every route, with what OpenAPI tells of it."""
-
-    def route(
-        method: str,
-        path: str,
-        handler: Handler,
-        tag: str,
-        summary: str,
-        *,
-        body: Any = None,
-        ok: Any = None,
-        **extra: Any,
-    ) -> dict[str, Any]:
-        described: dict[int | str, dict[str, Any]] = {extra.pop("status", 200): {"description": summary}}
-        if ok is not None:
-            described[200] = {"model": ok, "description": summary}
-        for status in extra.pop("problems", ()):
-            content = {_PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-            described[status] = {"description": HTTPStatus(status).phrase, "content": content}
-        more: dict[str, Any] = {}
-        if body is not None:
-            more["requestBody"] = {"required": True, "content": {_JSON: {"schema": body.model_json_schema()}}}
-        if extra.pop("open", False):
-            more["security"] = []
-        if "query" in extra:
-            more["parameters"] = extra.pop("query")
-        return {
-            "path": path,
-            "endpoint": handler,
-            "methods": [method],
-            "summary": summary,
-            "tags": [tag],
-            "responses": described,
-            "openapi_extra": more,
-            "response_model": None,
-            **extra,
-        }
-
-    guarded = (401, 403, 503)
-    taking = (400, 413, 415, 422, 429, 500, 504, *guarded)
-    minutes = _query("minutes", "integer", "Minutes of the series.", minimum=1, maximum=1440, default=30)
-    newest = _query("newest", "integer", "Newest posts to show.", minimum=0, maximum=200, default=50)
-    token = _query("token", "string", "One-time token.")
-    return [
-        route("POST", "/predict", routes.predict, "predictions", "Classify one text",
-              body=wire.PredictRequest, ok=wire.Prediction, problems=taking),
-        route("POST", "/predict/batch", routes.predict_batch, "predictions", "Classify up to 10,000 texts",
-              body=wire.BatchRequest, ok=wire.BatchResponse, problems=taking),
-        route("GET", "/stats", routes.stats, "stored", "Figures of what is stored",
-              ok=wire.Stats, problems=(422, *guarded), query=[minutes, newest]),
-        route("GET", "/health", routes.health, "state", "Whether the replica lives", ok=wire.Status, open=True),
-        route("GET", "/ready", routes.ready, "state", "Whether the model is loaded and checked",
-              ok=wire.Status, problems=(503,), open=True),
-        route("GET", "/metrics", routes.metrics, "state", "Metrics of all replicas of this machine, for Prometheus",
-              open=True),
-        route("GET", "/sign-in", routes.sign_in, "session", "Exchange a one-time token for a session cookie",
-              status=303, problems=(401, 503), open=True, query=[token]),
-        route("GET", "/session", routes.session, "session", "Whether the browser is signed in",
-              status=204, problems=guarded),
-        route("POST", "/session", routes.start_session, "session", "Exchange an API key for a session cookie",
-              body=wire.SessionRequest, status=204, problems=(400, 415, 422, *guarded), open=True),
-        route("DELETE", "/session", routes.end_session, "session", "Sign out", status=204, problems=(401, 503)),
-        route("GET", "/", routes.page, "page", "The page", open=True, include_in_schema=False),
-        route("GET", "/docs", routes.docs, "page", "This documentation", open=True, include_in_schema=False),
-        route("GET", "/static/{path:path}", routes.static, "page", "A file of the page", open=True,
-              include_in_schema=False),
-    ]  # fmt: skip
-
-
-def _query(name: str, kind: str, description: str, **schema: Any) -> dict[str, Any]:
-    return {"name": name, "in": "query", "description": description, "schema": {"type": kind, **schema}}
-
-
-def _openapi(app: FastAPI, api_key_header: str) -> dict[str, Any]:
-    schema = get_openapi(
-        title=app.title,
-        version=app.version,
-        routes=app.routes,
-        description="Sentiment of short texts and of posts on X.",
-    )
-    components = schema.setdefault("components", {})
-    schemas = wire.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    components.setdefault("schemas", {}).update(schemas.pop("$defs", {}) | {"Problem": schemas})
-    components["securitySchemes"] = {
-        "key": {"type": "apiKey", "in": "header", "name": api_key_header},
-        "bearer": {"type": "http", "scheme": "bearer"},
-        "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE},
-    }
-    schema["security"] = [{"key": []}, {"bearer": []}, {"session": []}]
-    return schema
 
 
 def _json(value: Any, *, cached: bool = True) -> Response:
@@ -473,27 +361,6 @@ def _whole_number(request: Request, name: str, *, default: int, low: int, high: 
     if value is None or not low <= value <= high:
         raise bodies.invalid([bodies.FieldError(name, f"must be a whole number from {low} to {high}", high, value)])
     return value
-
-
-@cache
-def _file_bytes(path: str) -> bytes | None:
-    found = resources.files(_PAGE).joinpath(*path.split("/"))
-    return found.read_bytes() if found.is_file() else None
-
-
-def _file(path: str) -> Response:
-    kind = _TYPES.get(path.rpartition(".")[2])
-    content = _file_bytes(path) if kind and len(path) <= 200 and _STATIC_PATH.fullmatch(path) else None
-    if content is None or kind is None:
-        raise errors.NotFoundError("There is no such file.")
-    headers = {
-        "content-security-policy": _PAGE_POLICY,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-        "content-type": kind,
-    }
-    return Response(content, headers=headers)
 
 
 def _request_id(scope: Scope) -> bytes:

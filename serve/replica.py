@@ -62,6 +62,7 @@ class Replica:
             api_key_header=self._settings.api_key_header,
             cors_origins=self._settings.cors_origins,
             metrics_folder=self._settings.prometheus_multiproc_dir,
+            sends_request_id=False,
             interactive_deadline_s=options.interactive_deadline_s,
             bulk_deadline_s=options.bulk_deadline_s,
         )
