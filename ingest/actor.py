@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -58,12 +59,14 @@ class IngestActor:
             raise
 
 
-def start_actor(settings: Settings, options: IngestOptions | None = None) -> Any:
+def start_actor(settings: Settings, options: IngestOptions | None = None, *, metrics_folder: Path | None = None) -> Any:
     """The handle of the ingest actor, which is started unless it runs already. Ray must be connected.
 
     `options` default to what suits `settings.x_api_base_url`. The actor takes everything else from its own settings.
+    Its metrics go into `metrics_folder`, to be shown together with those of the replicas.
     """
     chosen = suited_to(settings.x_api_base_url, options)
+    variables = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)} if metrics_folder else {}
     return (
         ray.remote(IngestActor)
         .options(
@@ -74,6 +77,7 @@ def start_actor(settings: Settings, options: IngestOptions | None = None) -> Any
             max_restarts=-1,
             max_task_retries=-1,
             num_cpus=0,
+            runtime_env={"env_vars": variables},
         )
         .remote(chosen.model_dump(mode="json"))
     )

@@ -36,7 +36,7 @@ _TICK_S = 0.02
 _WINDOW_S = 900
 _MAX_BEHIND_POSTS = 50_000
 _MAX_CHUNK_POSTS = 200
-_FAULTS = frozenset({"disconnect", "close", "reset", "garbage", "duplicate", "stall", "refuse"})
+_FAULTS = frozenset({"disconnect", "close", "reset", "garbage", "duplicate", "stall", "refuse", "search_down"})
 
 _log = get_logger()
 
@@ -78,6 +78,7 @@ class Simulator:
         self._connect_times: deque[float] = deque()
         self._refusals: deque[int] = deque()
         self._delivered = 0
+        self._search_down_until = 0.0
 
     def application(self) -> web.Application:
         """The aiohttp application; it publishes posts for as long as it runs."""
@@ -240,6 +241,8 @@ class Simulator:
         return web.json_response(answer, status=status)
 
     async def _recent(self, request: web.Request) -> web.Response:
+        if time.monotonic() < self._search_down_until:
+            return _problem(503, "Service Unavailable", "about:blank", "Refused on purpose.")
         try:
             since_id = _number(request, "since_id")
             until_id = _number(request, "until_id")
@@ -326,7 +329,9 @@ class Simulator:
             return _bad_request(f"kind must be one of {', '.join(sorted(_FAULTS))}")
         if kind == "refuse":
             self._refusals.extend([status] * int(amount))
-        return web.json_response({"applied": kind == "refuse" or self._command(kind, amount)})
+        elif kind == "search_down":
+            self._search_down_until = time.monotonic() + amount
+        return web.json_response({"applied": kind in {"refuse", "search_down"} or self._command(kind, amount)})
 
     def _command(self, kind: str, amount: float) -> bool:
         if self._connection is None:

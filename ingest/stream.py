@@ -93,8 +93,11 @@ class StreamConnection(AsyncStreamingClient):  # type: ignore[misc]
     tweepy's own loop reconnects without a pause after a clean end and stops for good on one bad line.
     """
 
-    def __init__(self, base_url: str, token: str, inbox: Inbox, options: StreamOptions) -> None:
+    def __init__(
+        self, base_url: str, token: str, inbox: Inbox, options: StreamOptions, opened: Callable[[], None]
+    ) -> None:
         super().__init__(token, return_type=dict)
+        self._opened = opened
         self._base_url = base_url
         self._inbox = inbox
         self._options = options
@@ -124,8 +127,8 @@ class StreamConnection(AsyncStreamingClient):  # type: ignore[misc]
         self.status, self.headers = response.status, response.headers
         if response.status != 200:
             raise refusal(response.status, response.headers, await response.content.read(_MAX_PROBLEM_BYTES))
-        await self._inbox.put(Connected(_began_at(response.headers)))
         await self.on_connect()
+        await self._inbox.put(Connected(_began_at(response.headers)))
         splitter = LineSplitter(self._options.max_line_bytes)
         async for chunk in response.content.iter_any():
             for line in splitter.feed(chunk):
@@ -138,7 +141,8 @@ class StreamConnection(AsyncStreamingClient):  # type: ignore[misc]
         raise StreamError("the X API closed the stream", cause="closed")
 
     async def on_connect(self) -> None:
-        """Count it."""
+        """Tell the owner, once the X API has begun to send."""
+        self._opened()
         _log.info("stream.connected", base_url=self._base_url)
 
     async def on_data(self, raw_data: bytes) -> None:
@@ -212,7 +216,7 @@ class StreamSupervisor:
             await self._wait(await self._pause_after(error), cause)
 
     async def _one_life(self, inbox: Inbox) -> tuple[StreamError, bool]:
-        connection = StreamConnection(self._api.base_url, self._token, inbox, self._options)
+        connection = StreamConnection(self._api.base_url, self._token, inbox, self._options, self._note_opened)
         error: StreamError
         try:
             if not self._rules_are_right:
@@ -235,14 +239,9 @@ class StreamSupervisor:
         """Keep the connection until it ends, and say why it did."""
         task: asyncio.Task[None] = connection.filter(**self._fields)
         try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=0.2 if connection.status is None else None)
-                self._note(connection)
-            task.result()
+            await task
         except StreamError as error:
             return error
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # a defect here must cost one connection, never the stream
             _log.exception("stream.failed")
             return StreamError(f"reading the stream failed: {type(error).__name__}", cause="failed")
@@ -251,11 +250,10 @@ class StreamSupervisor:
             await asyncio.gather(task, return_exceptions=True)
         return StreamError("the stream ended", cause="closed")
 
-    def _note(self, connection: StreamConnection) -> None:
-        if connection.status == 200 and not self.status.is_connected:
-            self.status.is_connected = True
-            self.status.connects += 1
-            self.status.waiting_s = 0.0
+    def _note_opened(self) -> None:
+        self.status.is_connected = True
+        self.status.connects += 1
+        self.status.waiting_s = 0.0
 
     async def _pause_after(self, error: StreamError) -> float:
         """Put right what can be put right, and return the seconds to wait."""

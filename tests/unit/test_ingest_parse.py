@@ -23,10 +23,9 @@ stream_like = st.fixed_dictionaries(
     optional={
         "data": st.fixed_dictionaries(
             {},
-            optional={
-                name: json_values
-                for name in ("id", "text", "author_id", "created_at", "lang", "note_tweet", "note_post")
-            },
+            optional=dict.fromkeys(
+                ("id", "text", "author_id", "created_at", "lang", "note_tweet", "note_post"), json_values
+            ),
         )
         | json_values,
         "matching_rules": json_values,

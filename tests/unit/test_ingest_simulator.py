@@ -63,7 +63,7 @@ def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: str) -> N
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="gone.csv"):
+    with pytest.raises(ConfigurationError, match=r"gone\.csv"):
         open_posts(tmp_path / "gone.csv", 0)
 
 
