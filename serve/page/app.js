@@ -147,9 +147,9 @@ function describe(error) {
 
 // --- figures
 
-/** @param {any} stats @param {number} nowMs */
-function show(stats, nowMs) {
-  if (!Object.keys(stats.labels).length) stats.labels = { negative: 0, neutral: 0, positive: 0 };
+/** @param {any} answer of `GET /stats` @param {number} nowMs */
+function show(answer, nowMs) {
+  const stats = { ...answer, labels: format.withUnseenLabels(answer.labels) };
   state.updatedMs = Date.now();
   setBanner("");
   setStatus("live", "Live");
@@ -162,16 +162,17 @@ function show(stats, nowMs) {
   setText(byId("updated"), `Updated ${format.clockSeconds(state.updatedMs)}`);
 }
 
-/** @param {string} source @param {string} version */
+/** @param {string | null} source the stream the newest posts came by @param {string | null} version */
 function showSource(source, version) {
   const isSimulated = /^simulat/i.test(source ?? "");
   const badge = byId("source");
   badge.dataset.kind = isSimulated ? "simulator" : "real";
   badge.hidden = !source;
   badge.title = isSimulated ? "The built-in simulator makes up these posts; none come from X." : "";
-  setText(badge, isSimulated ? "Simulator: not real posts" : `Source: ${source}`);
-  byId("model").hidden = !version;
-  setText(byId("model-version"), version ?? "");
+  setText(badge, isSimulated ? "Simulator: not real posts" : /^filtered_stream/.test(source ?? "") ? "Posts from X" : `Source: ${source}`);
+  if (!version) return; // none of the newest posts is classified yet: the last known model still stands
+  byId("model").hidden = false;
+  setText(byId("model-version"), version);
 }
 
 /** @param {any} stats */

@@ -41,6 +41,15 @@ export const labelWord = (label) => label.charAt(0).toUpperCase() + label.slice(
 /** The tone that style.css knows for a label; labels of other bundles share one mark. @param {string} label */
 export const toneOf = (label) => (KNOWN_LABELS.includes(label) ? label : "other");
 
+/**
+ * `counts` with a zero for each known label that was not seen yet; those of a bundle with labels of its own as they are.
+ * @param {Record<string, number>} counts
+ */
+export function withUnseenLabels(counts) {
+  const isKnown = Object.keys(counts).every((name) => KNOWN_LABELS.includes(name));
+  return isKnown ? { ...Object.fromEntries(KNOWN_LABELS.map((name) => [name, 0])), ...counts } : counts;
+}
+
 /** Known labels in their own order, then any others by name. @param {Iterable<string>} labels */
 export function orderLabels(labels) {
   const names = new Set(labels);

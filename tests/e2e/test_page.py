@@ -80,6 +80,7 @@ class MemoryRecords:
     identities: dict[bytes, Identity] = field(default_factory=dict)
     posts: list[dict[str, Any]] = field(default_factory=list)
     failure: OvertoneError | None = None
+    source: str | None = "simulator"
 
     async def active(self) -> Mapping[bytes, Identity]:
         return self.identities
@@ -116,7 +117,7 @@ class MemoryRecords:
             "series": series if self.posts else [],
             "newest": self.posts[::-1][:newest],
             "model_version": VERSION,
-            "source": "simulator",
+            "source": self.source,
         }
 
 
@@ -396,6 +397,17 @@ def test_page_recovers_when_the_server_was_away(browser: webdriver.Chrome, site:
         browser.delete_network_conditions()
 
     until(browser, lambda: text_of(browser, "#status-text") == "Live", "the page did not recover")
+
+
+@pytest.mark.parametrize(
+    ("source", "badge"),
+    [("simulator", "Simulator: not real posts"), ("filtered_stream", "Posts from X"), (None, "")],
+)
+def test_page_says_where_posts_come_from(browser: webdriver.Chrome, site: Site, source: str | None, badge: str) -> None:
+    site.records.source = source
+    sign_in(browser, site)
+
+    assert text_of(browser, "#source") == badge
 
 
 def test_page_without_posts_says_so(browser: webdriver.Chrome, site: Site) -> None:
