@@ -12,6 +12,7 @@ from ingest.parse import Bad, KeepAlive, StreamProblem, messages_of_search, pars
 from overtone.schema import Post, snowflake_to_datetime
 
 POST_ID = 1_990_000_000_000_000_000
+FIELDS = ("id", "text", "author_id", "created_at", "lang", "note_tweet", "note_post")
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

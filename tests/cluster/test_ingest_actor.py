@@ -1,0 +1,109 @@
+"""The ingestion as a detached actor on a real Ray: it starts by itself, and again after it is killed."""
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from ingest.actor import find_actor, start_actor
+from ingest.options import IngestOptions, RepairOptions
+from ingest.simulator import SimulatorOptions, start_simulator
+from overtone.db import Database
+from overtone.db.predictions import counts
+from overtone.settings import load_settings
+
+LIMIT = 1_500
+QUICK = IngestOptions(repair=RepairOptions(overlap_s=1.0, settle_s=0.3, first_start_back_s=3_600.0))
+
+
+async def predict(request: web.Request) -> web.Response:
+    texts = (await request.json())["texts"]
+    one = {"label": "neutral", "confidence": 1.0, "scores": {"neutral": 1.0}, "model_version": "fake-1"}
+    return web.json_response({"model_version": "fake-1", "predictions": [one] * len(texts)})
+
+
+@pytest.fixture
+async def surroundings(fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+    """An API that classifies, a simulator, and an environment that points the actor at them."""
+    app = web.Application()
+    app.router.add_post("/predict/batch", predict)
+    api = web.AppRunner(app, shutdown_timeout=0.1)
+    await api.setup()
+    await web.TCPSite(api, "127.0.0.1", 0).start()
+    simulator = await start_simulator(SimulatorOptions(rate=150.0, limit=LIMIT), "127.0.0.1", 0)
+    for name, value in {
+        "TWITTER_BEARER_TOKEN": "t",
+        "X_API_BASE_URL": f"http://127.0.0.1:{simulator.addresses[0][1]}",
+        "DATABASE_URL": fresh_postgres_url,
+        "API_PORT": str(api.addresses[0][1]),
+        "OVERTONE_API_KEY": "ovt_test",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield fresh_postgres_url
+    await simulator.cleanup()
+    await api.cleanup()
+
+
+@pytest.fixture
+def ray_here(surroundings: str) -> Iterator[Any]:
+    """A Ray of this test alone, started in the environment that `surroundings` prepared."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="ovt-ray-", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        _temp_dir=folder,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def eventually(holds: Callable[[], Any], within_s: float = 60.0) -> None:
+    async with asyncio.timeout(within_s):
+        while True:
+            if await holds():
+                return
+            await asyncio.sleep(0.2)
+
+
+async def test_a_killed_actor_comes_back_and_loses_nothing(surroundings: str, ray_here: Any) -> None:
+    db = await Database.open(surroundings, max_size=2)
+    handle = await asyncio.to_thread(start_actor, load_settings(), QUICK)
+
+    async def status() -> dict[str, Any]:
+        return dict(await asyncio.to_thread(ray_here.get, handle.status.remote(), timeout=30))
+
+    async def has_posts(count: int) -> bool:
+        return (await counts(db)).posts >= count
+
+    await eventually(lambda: has_posts(200))
+    before = await status()
+    assert before["connected"]
+    os.kill(before["pid"], signal.SIGKILL)
+
+    async def is_whole() -> bool:
+        stored = await counts(db)
+        return (stored.posts, stored.predictions) == (LIMIT, LIMIT)
+
+    await eventually(is_whole)
+    after = await status()
+    assert after["pid"] != before["pid"]
+    assert after["state"] == "running"
+    again = await asyncio.to_thread(start_actor, load_settings())
+    assert again == await asyncio.to_thread(find_actor)
+    assert await asyncio.to_thread(ray_here.get, handle.stop.remote())
+    assert (await status())["state"] == "stopped"
+    await db.close()
