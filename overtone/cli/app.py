@@ -1,0 +1,176 @@
+"""The commands and their options. What a command needs is imported when it is run, so that help is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from overtone import __version__
+
+app = typer.Typer(
+    name="overtone",
+    help="A sentiment pipeline for X posts: stream, store, classify, correct, retrain.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+database = typer.Typer(help="The tables of the database.", no_args_is_help=True)
+app.add_typer(database, name="db")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+class _Globals:
+    """Options that stand before the command."""
+
+    is_debugging = False
+
+
+def run() -> NoReturn:
+    """Run the command line and exit: 0, or the code of `overtone.cli.exits`."""
+    try:
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except BaseException as error:  # the edge: every failure becomes a sentence and an exit code
+        code = _fail(error)
+    sys.exit(code)
+
+
+def _fail(error: BaseException) -> int:
+    from overtone.cli.exits import INTERRUPTED, tell
+    from overtone.logging import configure
+
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, typer.Exit):
+        return int(error.exit_code)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        error.show()
+        return int(error.exit_code)
+    configure("cli", "ERROR", "console")
+    return tell(error, Console(stderr=True), with_trace=_Globals.is_debugging)
+
+
+@app.callback()
+def _before(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    _Globals.is_debugging = debug
+    if version:
+        Console().print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def up(
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when all is up and leave it running.")] = False,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="TIME", help="Stop after this long, such as 90s or 10m, counted from when all is up."
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=10_000, help="Posts a second of the simulator [default: SIMULATOR_RATE]."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Start everything: database, Ray, the API, the source of posts, the ingestion. Ctrl-C stops all of it."""
+    from overtone.cli.durations import parse_duration
+    from overtone.cli.up import UpOptions, up_detached
+    from overtone.cli.up import up as run_up
+
+    seconds = parse_duration(for_) if for_ else None
+    settings = _settings()
+    if detach:
+        arguments = [*(["--for", for_] if for_ else []), *(["--rate", str(rate)] if rate else [])]
+        return up_detached(settings, arguments, Console(), as_json=as_json)
+    return run_up(settings, UpOptions(seconds, rate, as_json), Console())
+
+
+@app.command()
+def down() -> int:
+    """Stop everything that runs in OVERTONE_HOME, whatever became of the `up` that started it."""
+    from overtone.cli.down import down as run_down
+
+    return run_down(_settings(), Console())
+
+
+@app.command()
+def status(
+    as_json: AsJson = False,
+    link: Annotated[bool, typer.Option("--link", help="Print a new link that signs one browser in.")] = False,
+) -> int:
+    """Show what runs, where, and how fast."""
+    from overtone.cli.status import status as run_status
+
+    return run_status(_settings(), Console(), as_json=as_json, with_link=link)
+
+
+@app.command()
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Texts to classify.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file", "-f", help="Classify the rows of a .csv, .tsv, .jsonl or .txt file; - for standard input."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write JSON lines; a file begun before is continued.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column or field that holds the text.")] = "text",
+    local: Annotated[bool, typer.Option("--local", help="Classify in this process even if the API is up.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Classify texts with the running API, or in this process if it is not up."""
+    from overtone.cli.predict import FileJob, predict_file, predict_texts
+    from overtone.errors import ConfigurationError
+
+    if bool(texts) == (file is not None):
+        raise ConfigurationError("Give either texts or --file.")
+    if file is None:
+        return predict_texts(_settings(), texts or [], Console(), is_local=local, as_json=as_json)
+    return predict_file(_settings(), FileJob(file, output, text_column), is_local=local)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> int:
+    """Check this machine and these settings; say how to mend what is wrong."""
+    from overtone.cli.doctor import doctor as run_doctor
+
+    return run_doctor(Console(), as_json=as_json)
+
+
+@database.command("upgrade")
+def database_upgrade() -> int:
+    """Bring the tables to the version this program needs."""
+    from overtone.cli.database import upgrade_database
+
+    return upgrade_database(_settings(), Console())
+
+
+@database.command("check")
+def database_check() -> int:
+    """Say whether the tables are as this program needs them."""
+    from overtone.cli.database import check_database
+
+    return check_database(_settings(), Console())
+
+
+def _settings() -> Any:
+    from overtone.logging import configure
+    from overtone.settings import load_settings
+
+    settings = load_settings()
+    if settings.log_level == "DEBUG":
+        _Globals.is_debugging = True
+    configure("cli", "ERROR", "console")
+    return settings

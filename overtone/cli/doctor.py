@@ -1,0 +1,203 @@
+"""`overtone doctor`: what on this machine or in these settings is in the way, and how to mend it."""
+
+import json
+import os
+import shutil
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+
+from overtone.bundle import load_bundle
+from overtone.cli.cleanup import embedded_postgres
+from overtone.cli.exits import EXIT_CODES
+from overtone.cli.plan import DASHBOARD_PORT, LOOPBACK, free_ports, port_owner, require_free_port
+from overtone.cli.state import RunFolder
+from overtone.db.embedded import find_binaries
+from overtone.errors import EnvironmentProblemError, OvertoneError
+from overtone.settings import Settings, load_settings
+from serve.environment import find_haproxy, is_loopback, runtime_folder
+
+Level = Literal["ok", "warning", "problem"]
+
+_GIB = 1024**3
+_MIN_FREE_DISK = 2 * _GIB
+_MIN_MEMORY = 3 * _GIB
+_MIN_SHM = 160 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    level: Level
+    found: str
+    advice: str = ""
+    """What to do; empty when all is well."""
+
+
+Check = Callable[[Settings], Iterator[Finding]]
+
+
+def doctor(console: Console, *, as_json: bool) -> int:
+    """Show all findings; 0 when none is a problem, else the code of `EnvironmentProblemError`."""
+    findings = examine()
+    if as_json:
+        console.print_json(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            _show(finding, console)
+    has_problem = any(finding.level == "problem" for finding in findings)
+    return EXIT_CODES[EnvironmentProblemError] if has_problem else 0
+
+
+def examine() -> list[Finding]:
+    """Every finding; a check that fails by itself is a finding too."""
+    findings = [_python()]
+    try:
+        settings = load_settings()
+    except OvertoneError as error:
+        return [*findings, Finding("settings", "problem", error.message, "Correct these variables.")]
+    findings.append(Finding("settings", "ok", "every variable is in its range"))
+    for check in (_packages, _machine, _folders, _ports, _programs, _bundle, _source):
+        try:
+            findings += check(settings)
+        except (OvertoneError, OSError, psutil.Error) as error:
+            findings.append(Finding(check.__name__.strip("_"), "problem", str(error) or type(error).__name__))
+    return findings
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return Finding("python", "ok", version)
+    return Finding("python", "problem", version, "Use Python 3.11, 3.12 or 3.13.")
+
+
+def _packages(_settings: Settings) -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    missing = []
+    for line in metadata.requires("overtone") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            missing.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            missing.append(f"{requirement.name} is {installed}, needed is {requirement.specifier}")
+    if missing:
+        yield Finding("packages", "problem", "; ".join(missing), "Run `make up` again, or `pip install -e .`.")
+    else:
+        yield Finding("packages", "ok", "all are there")
+
+
+def _machine(settings: Settings) -> Iterator[Finding]:
+    yield Finding("cores", "ok", f"{os.cpu_count()}")
+    available = psutil.virtual_memory().available
+    advice = "Close other programs, or set SERVE_REPLICAS=1." if available < _MIN_MEMORY else ""
+    level: Level = "warning" if advice else "ok"
+    yield Finding("memory", level, f"{available / _GIB:.1f} GiB available, 3 are needed", advice)
+    place = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    advice = "Free some space, or set OVERTONE_HOME to another disk." if free < _MIN_FREE_DISK else ""
+    yield Finding("disk", "problem" if advice else "ok", f"{free / _GIB:.1f} GiB free at {place}, 2 are needed", advice)
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        free = shutil.disk_usage(shm).free
+        advice = "Give the container more shared memory (docker run --shm-size=512m)." if free < _MIN_SHM else ""
+        yield Finding("shared memory", "warning" if advice else "ok", f"{free / 1024**2:.0f} MiB free", advice)
+
+
+def _folders(settings: Settings) -> Iterator[Finding]:
+    home = settings.home
+    if not home.exists():
+        yield Finding("home", "ok", f"{home} will be made by the first `overtone up`")
+        return
+    if not os.access(home, os.R_OK | os.W_OK | os.X_OK):
+        yield Finding("home", "problem", f"{home} cannot be written", "Change its owner, or set OVERTONE_HOME.")
+        return
+    yield Finding("home", "ok", str(home))
+    for name in ("api_key", "ray_token"):
+        path = home / name
+        if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            yield Finding(name, "problem", f"others may read {path}", f"Run: chmod 600 {path}")
+    folder = runtime_folder(home)
+    if folder.exists() and folder.stat().st_uid != os.getuid():
+        yield Finding("runtime folder", "problem", f"{folder} belongs to another user", "Remove it.")
+
+
+def _ports(settings: Settings) -> Iterator[Finding]:
+    host, port = settings.api_host, settings.api_port
+    state = RunFolder(settings.home).load()
+    if state is not None and state.supervisor.alive() is not None:
+        yield Finding("api port", "ok", f"{port}, used by Overtone, which is {state.phase}")
+    else:
+        try:
+            require_free_port(host, port)
+            yield Finding("api port", "ok", f"{port} is free")
+        except EnvironmentProblemError as error:
+            yield Finding("api port", "problem", error.message, f"Stop that, or run with API_PORT={free_ports(1)[0]}.")
+        except socket.gaierror:
+            yield Finding("api host", "problem", f"{host} is no address of this machine", "Correct API_HOST.")
+        if free_ports(1, {0: DASHBOARD_PORT})[0] != DASHBOARD_PORT:
+            owner = port_owner(DASHBOARD_PORT)
+            yield Finding("dashboard port", "ok", f"{DASHBOARD_PORT} is taken{owner}; another will be chosen")
+    if not is_loopback(host):
+        advice = "Put a proxy with TLS in front: keys travel in the clear."
+        yield Finding("api host", "warning", f"{host}: other machines can reach the API", advice)
+
+
+def _programs(settings: Settings) -> Iterator[Finding]:
+    haproxy = find_haproxy()
+    if haproxy:
+        yield Finding("haproxy", "ok", str(haproxy))
+    else:
+        advice = (
+            "Install HAProxy 2.8 or later (macOS: brew install haproxy); without it Ray's own slower proxy is used."
+        )
+        yield Finding("haproxy", "warning", "not found", advice)
+    if settings.database_url:
+        yield Finding("postgres", "ok", "the server of DATABASE_URL; `overtone db check` looks at its tables")
+    else:
+        running = "runs" if embedded_postgres(settings.home).is_running() else "does not run now"
+        yield Finding("postgres", "ok", f"embedded, {find_binaries()}, {running}")
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+    yield Finding("loopback", "ok", LOOPBACK)
+
+
+def _bundle(settings: Settings) -> Iterator[Finding]:
+    try:
+        bundle = load_bundle(settings.bundle)
+    except OvertoneError as error:
+        yield Finding("bundle", "problem", error.message, "Correct BUNDLE, or unset it to use the one in the package.")
+        return
+    yield Finding("bundle", "ok", f"{bundle.version} in {bundle.path}")
+
+
+def _source(settings: Settings) -> Iterator[Finding]:
+    if settings.twitter_bearer_token is None:
+        advice = "Set TWITTER_BEARER_TOKEN to read X."
+        yield Finding("posts", "ok", "from the built-in simulator", advice)
+    else:
+        yield Finding("posts", "ok", f"from {settings.x_api_base_url}, with a bearer token")
+
+
+def _show(finding: Finding, console: Console) -> None:
+    mark = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}[finding.level]
+    console.print(f" {mark} {finding.name:<15} {escape(finding.found)}", soft_wrap=True, highlight=False)
+    if finding.advice:
+        console.print(f"   {'':<15} [dim]{escape(finding.advice)}[/]", soft_wrap=True, highlight=False)

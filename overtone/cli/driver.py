@@ -1,0 +1,105 @@
+"""The one process that talks to Ray for the supervisor: `python -m overtone.cli.driver ADDRESS METRICS_FOLDER`.
+
+It connects to the Ray instance at ADDRESS, then obeys one word a line on standard input (`serve`, `ingest`,
+`stop-ingest`) and answers each on standard output with a line of JSON: `{"done": WORD, "seconds": S}` or
+`{"failed": WORD, "code": CODE, "message": TEXT}`. The end of standard input ends it. A process of its own, because
+Ray installs signal handlers, starts threads and keeps 150 MB that a supervisor must not have.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from overtone.errors import OvertoneError, UnavailableError
+from overtone.logging import configure, get_logger
+from overtone.settings import Settings, load_settings
+
+_CONNECT_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 15.0
+
+_log = get_logger()
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the supervisor until it closes standard input; 1 when Ray cannot be reached."""
+    answers = _own_stdout()
+    settings = load_settings()
+    configure("driver", settings.log_level)
+    commands: dict[str, Callable[[Settings], None]] = {
+        "serve": lambda settings: _serve(settings, Path(arguments[1])),
+        "ingest": lambda settings: _ingest(settings, Path(arguments[1])),
+        "stop-ingest": _stop_ingest,
+    }
+    if not _obey(answers, "connect", lambda _: _connect(arguments[0]), settings):
+        return 1
+    for line in sys.stdin:
+        word = line.strip()
+        _obey(answers, word, commands[word], settings)
+    return 0
+
+
+def _own_stdout() -> int:
+    """A descriptor for answers alone: what libraries print on standard output goes to standard error."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    return answers
+
+
+def _obey(answers: int, word: str, command: Callable[[Settings], None], settings: Settings) -> bool:
+    started = time.monotonic()
+    answer: dict[str, object]
+    try:
+        command(settings)
+        answer = {"done": word, "seconds": round(time.monotonic() - started, 3)}
+    except Exception as error:  # the edge: whatever happened is told to the supervisor
+        _log.error("driver.failed", command=word, exc_info=True)
+        code = error.code if isinstance(error, OvertoneError) else "internal"
+        answer = {"failed": word, "code": code, "message": str(error).strip() or type(error).__name__}
+    os.write(answers, json.dumps(answer).encode() + b"\n")
+    return "done" in answer
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + _CONNECT_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"Ray does not answer on {address}.") from error
+            time.sleep(0.05)
+    ray.init(address=address, namespace="overtone", log_to_driver=False, configure_logging=False)
+
+
+def _serve(settings: Settings, metrics: Path) -> None:
+    from serve.app import ServeArgs, deploy
+
+    deploy(ServeArgs(metrics_folder=str(metrics)), host=settings.api_host, port=settings.api_port)
+
+
+def _ingest(settings: Settings, metrics: Path) -> None:
+    from ingest.actor import start_actor
+
+    start_actor(settings, metrics_folder=metrics)
+
+
+def _stop_ingest(_settings: Settings) -> None:
+    import ray
+
+    from ingest.actor import find_actor
+
+    actor = find_actor()
+    if actor is not None:
+        ray.get(actor.stop.remote(_STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S + 2.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+"""What a run of the stack will look like, decided before anything is started: addresses, ports, environment."""
+
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from overtone.cli.cleanup import embedded_postgres
+from overtone.cli.processes import MARK, mark_of
+from overtone.db.embedded import EmbeddedPostgres
+from overtone.errors import EnvironmentProblemError
+from overtone.settings import Settings, environment_for
+from serve.environment import is_loopback, runtime_folder, serve_environment
+
+LOOPBACK = "127.0.0.1"
+DASHBOARD_PORT = 8265
+_SIMULATOR_TOKEN = "simulator"
+_ANY_ADDRESS = {"0.0.0.0": LOOPBACK, "::": "::1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """TCP ports on loopback, free when they were chosen."""
+
+    gcs: int
+    client: int
+    dashboard: int
+    agent: int
+    simulator: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run."""
+
+    settings: Settings
+    home: Path
+    run_id: str
+    folder: Path
+    """For sockets and for Ray: short, under the system's temporary folder."""
+    ports: Ports
+    database_url: str
+    postgres: EmbeddedPostgres | None
+    """None with a DATABASE_URL of the user's."""
+    simulates: bool
+    """Whether posts come from the simulator."""
+    environment: dict[str, str]
+    """Of every process but PostgreSQL, less the mark."""
+
+    @property
+    def api_url(self) -> str:
+        """Where people of this machine reach the API."""
+        return api_url(self.settings)
+
+    @property
+    def logs(self) -> Path:
+        """Logs of what is not Ray."""
+        return self.home / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """Through which the processes of the stack add up their metrics."""
+        return self.home / "run" / "metrics"
+
+    @property
+    def key_file(self) -> Path:
+        """The API key of this home."""
+        return self.home / "api_key"
+
+    @property
+    def ray_token_file(self) -> Path:
+        """The token of Ray's own services."""
+        return self.home / "ray_token"
+
+    @property
+    def posts_source(self) -> str:
+        """Where posts come from, for people."""
+        return "simulator" if self.simulates else self.settings.x_api_base_url
+
+    def environment_of(self, part: str) -> dict[str, str]:
+        """The environment of `part`, with its mark."""
+        return {**self.environment, MARK: mark_of(self.home, self.run_id, part)}
+
+
+def make_plan(settings: Settings, *, rate: float | None = None) -> Plan:
+    """Decide everything for one run of the stack.
+
+    Raises:
+        EnvironmentProblemError: the API port is taken, or a folder cannot be used.
+    """
+    home = settings.home
+    require_free_port(settings.api_host, settings.api_port)
+    folder = runtime_folder(home)
+    ports = Ports(*free_ports(5, prefer={2: DASHBOARD_PORT}))
+    postgres = None if settings.database_url else embedded_postgres(home)
+    url = settings.database_url.get_secret_value() if settings.database_url else ""
+    simulates = settings.twitter_bearer_token is None
+    database_url = postgres.url if postgres else url
+    environment = environment_for(settings, DATABASE_URL=database_url, **_ray_variables(settings, home, folder))
+    if simulates:
+        environment["X_API_BASE_URL"] = f"http://{LOOPBACK}:{ports.simulator}"
+        environment["TWITTER_BEARER_TOKEN"] = _SIMULATOR_TOKEN
+        environment["SIMULATOR_RATE"] = str(rate or settings.simulator_rate)
+    return Plan(
+        settings=settings,
+        home=home,
+        run_id=secrets.token_hex(8),
+        folder=folder,
+        ports=ports,
+        database_url=database_url,
+        postgres=postgres,
+        simulates=simulates,
+        environment=environment,
+    )
+
+
+def api_url(settings: Settings) -> str:
+    """Where people of this machine reach the API that `settings` describe."""
+    host = _ANY_ADDRESS.get(settings.api_host, settings.api_host)
+    return f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
+
+
+def free_ports(count: int, prefer: dict[int, int] | None = None) -> list[int]:
+    """`count` different TCP ports that are free on loopback now; `prefer` names a wish for some of them by index."""
+    held: list[socket.socket] = []
+    try:
+        for index in range(count):
+            wish = (prefer or {}).get(index, 0)
+            held += [_bound(wish) or _bound(0) or _none_left()]
+        return [int(each.getsockname()[1]) for each in held]
+    finally:
+        for each in held:
+            each.close()
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise unless a server can listen on `host`:`port`.
+
+    Raises:
+        EnvironmentProblemError: the port is taken; the message says by whom, if that can be seen.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            taken_by = port_owner(port)
+            raise EnvironmentProblemError(
+                f"The API cannot listen on {host}:{port}: {error.strerror}{taken_by}. "
+                "Stop what uses the port, or choose another with API_PORT."
+            ) from error
+
+
+def port_owner(port: int) -> str:
+    """` (used by NAME, process PID)` for the process that listens on `port`, empty if that cannot be seen."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
+                return f" (used by {psutil.Process(connection.pid).name()}, process {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _bound(port: int) -> socket.socket | None:
+    probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        probe.bind((LOOPBACK, port))
+    except OSError:
+        probe.close()
+        return None
+    return probe
+
+
+def _none_left() -> socket.socket:
+    raise EnvironmentProblemError("No free TCP port is left on loopback.")
+
+
+def _ray_variables(settings: Settings, home: Path, folder: Path) -> dict[str, str]:
+    variables = serve_environment(host=settings.api_host, folder=folder)
+    if not is_loopback(settings.api_host):
+        # An API that is open to the network does not open Ray to it: only HAProxy and the replicas listen there.
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return variables | {
+        # Ray runs any code it is sent, so other users of the machine must not be able to send it some.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home / "ray_token"),
+    }

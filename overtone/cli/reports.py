@@ -1,0 +1,154 @@
+"""What `up` says: lines for people, or lines of JSON for programs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from overtone.cli.durations import in_words
+from overtone.cli.rates import Rates
+from overtone.cli.state import PartRecord
+
+_PLAIN_EVERY = 15
+"""Without a terminal, one line of rates in so many."""
+
+
+class Report(Protocol):
+    """Told by the supervisor what happens."""
+
+    def started(self, part: PartRecord) -> None:
+        """`part` is up."""
+
+    def ready(self, addresses: dict[str, str], source: str, seconds: float) -> None:
+        """All is up, after `seconds`."""
+
+    def rates(self, rates: Rates) -> None:
+        """How fast it goes."""
+
+    def event(self, name: str, message: str) -> None:
+        """Something people should know of; `name` is `area.verb_past`."""
+
+    def finished(self, totals: dict[str, Any]) -> None:
+        """The run has ended as it should; the last call."""
+
+    def close(self) -> None:
+        """Nothing more will be said for now."""
+
+
+class JsonReport:
+    """One JSON object a line on standard output."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    def started(self, part: PartRecord) -> None:
+        self._write("part.started", part=part.name, address=part.address, seconds=round(part.seconds, 2))
+
+    def ready(self, addresses: dict[str, str], source: str, seconds: float) -> None:
+        self._write("stack.ready", seconds=round(seconds, 2), source=source, addresses=addresses)
+
+    def rates(self, rates: Rates) -> None:
+        self._write(
+            "stack.rates",
+            posts_per_s=round(rates.posts_per_s, 1),
+            predictions_per_s=round(rates.predictions_per_s, 1),
+            requests_per_s=round(rates.requests_per_s, 1),
+            p50_ms=None if rates.p50_ms is None else round(rates.p50_ms, 1),
+        )
+
+    def event(self, name: str, message: str) -> None:
+        self._write(name, message=message)
+
+    def finished(self, totals: dict[str, Any]) -> None:
+        self._write("stack.stopped", **totals)
+
+    def close(self) -> None:
+        return
+
+    def _write(self, event: str, **fields: Any) -> None:
+        self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+        self._stream.flush()
+
+
+class TextReport:
+    """Lines for people; the rates stay on the last line of a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._looks = 0
+
+    def started(self, part: PartRecord) -> None:
+        self._console.print(
+            f" [green]✓[/] {part.name:<12} {escape(part.address)} [dim]{part.seconds:.1f} s[/]", soft_wrap=True
+        )
+
+    def ready(self, addresses: dict[str, str], source: str, seconds: float) -> None:
+        self._console.print(f"\n[bold]Overtone is up[/] after {in_words(seconds)}.\n")
+        print_addresses(self._console, addresses, source)
+        if self._console.is_terminal:
+            self._live = Live(Text("  waiting for posts"), console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def rates(self, rates: Rates) -> None:
+        line = _rates_line(rates)
+        if self._live is not None:
+            self._live.update(Group(Text(line), Text("  Ctrl-C stops everything.", style="dim")))
+            return
+        if self._looks % _PLAIN_EVERY == 0:
+            self._console.print(line, highlight=False)
+        self._looks += 1
+
+    def event(self, name: str, message: str) -> None:
+        self._console.print(f" [yellow]•[/] {escape(message)}", soft_wrap=True)
+
+    def finished(self, totals: dict[str, Any]) -> None:
+        self.close()
+        self._console.print(
+            f"Stopped after {in_words(totals['seconds'])}: {totals['posts_stored']:,} posts and "
+            f"{totals['predictions_stored']:,} predictions are stored.",
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def print_addresses(console: Console, addresses: dict[str, str], source: str) -> None:
+    """The addresses as a table, and where posts come from."""
+    table = Table.grid(padding=(0, 2))
+    for title, address in addresses.items():
+        table.add_row(Text(f" {title}", style="bold"), Text(address, overflow="fold"))
+    console.print(table, soft_wrap=True)
+    if source == "simulator":
+        console.print(
+            "\n [bold yellow]Posts come from the built-in simulator, not from X.[/] "
+            "Set TWITTER_BEARER_TOKEN to read X.\n",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"\n Posts come from {escape(source)}.\n", soft_wrap=True)
+
+
+def curl_line(api_url: str, header: str, key_file: Path) -> str:
+    """A command that asks for a prediction and works when it is pasted into a shell."""
+    return (
+        f"curl -s {api_url}/predict -H \"{header}: $(cat '{key_file}')\""
+        " -H 'Content-Type: application/json' -d '{\"text\": \"I love this\"}'"
+    )
+
+
+def _rates_line(rates: Rates) -> str:
+    latency = "no request yet" if rates.p50_ms is None else f"{rates.p50_ms:.0f} ms"
+    return (
+        f"  {rates.posts_per_s:7.1f} posts/s   {rates.predictions_per_s:7.1f} predictions/s   "
+        f"p50 of a prediction request {latency}"
+    )
