@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Self, TypeAlias, cast
-from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -55,7 +54,7 @@ class Database:
             ConfigurationError: the address is malformed, or the server refuses its user, password or database.
             DatabaseUnavailableError: nothing answers there now.
         """
-        with translated_errors():
+        with connection_errors():
             pool = await asyncpg.create_pool(
                 asyncpg_dsn(url),
                 min_size=1,
@@ -120,27 +119,31 @@ def asyncpg_dsn(url: str) -> str:
     return f"postgresql://{rest}"
 
 
-def described(url: str) -> str:
-    """Where `url` points, without its user and password."""
-    try:
-        parts = urlsplit(url)
-        place = f"{parts.hostname or 'local socket'}{f':{parts.port}' if parts.port else ''}"
-    except ValueError:
-        return "an address that cannot be parsed"
-    return f"{place}, database {parts.path.lstrip('/') or 'default'}"
-
-
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Raise what asyncpg raises for a lost or refused connection as the project's own errors."""
+    """Raise what asyncpg raises for a lost connection as the project's own error."""
     try:
         yield
     except _REFUSED as error:
-        raise ConfigurationError(
-            f"DATABASE_URL: the address is wrong, or the server refuses its user, password or database"
-            f" ({type(error).__name__})."
-        ) from None
+        raise _refused(error) from None
     except _UNAVAILABLE as error:
         if isinstance(error, ValueError):
             raise
-        raise DatabaseUnavailableError(f"The database cannot be reached ({type(error).__name__}).") from error
+        why = str(error) if isinstance(error, OSError) and str(error) else type(error).__name__
+        raise DatabaseUnavailableError(f"The database cannot be reached: {why}.") from error
+
+
+@contextmanager
+def connection_errors() -> Iterator[None]:
+    """The same while connecting, where whatever else goes wrong is the fault of the address."""
+    try:
+        with translated_errors():
+            yield
+    except (ValueError, asyncpg.PostgresError) as error:
+        raise _refused(error) from None
+
+
+def _refused(error: Exception) -> ConfigurationError:
+    # The error's own words may hold the address with its password; those of the server do not.
+    why = str(error) if isinstance(error, asyncpg.PostgresError) else type(error).__name__
+    return ConfigurationError(f"DATABASE_URL is wrong, or the server refuses its user, password or database: {why}.")

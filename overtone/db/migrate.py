@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from overtone.db.database import Connection, asyncpg_dsn, translated_errors
+from overtone.db.database import Connection, asyncpg_dsn, connection_errors, translated_errors
 from overtone.db.partitions import (
     AHEAD_DAYS,
     BEHIND_DAYS,
@@ -121,7 +121,10 @@ async def _connected(url: str) -> AsyncIterator[AsyncConnection]:
     dsn = asyncpg_dsn(url)
 
     async def connect() -> Any:
-        connection = await asyncpg.connect(dsn, timeout=10, server_settings={"application_name": "overtone-migrate"})
+        with connection_errors():
+            connection = await asyncpg.connect(
+                dsn, timeout=10, server_settings={"application_name": "overtone-migrate"}
+            )
         # A user called like our schema has it as default schema, where comparisons would then see nothing of ours.
         await connection.execute("SET search_path = public")
         return connection

@@ -37,7 +37,7 @@ def json_text(value: Any) -> str:
 
 
 def raw_of(post: Post) -> bytes:
-    """`post` as bytes for the dead letters, lossless: what cannot be encoded is escaped."""
+    """`post` as bytes for the dead letters: what cannot be encoded is escaped, a payload that cannot be is left out."""
     fields: dict[str, Any] = {
         "post_id": post.post_id,
         "author_id": post.author_id,
@@ -47,7 +47,7 @@ def raw_of(post: Post) -> bytes:
     }
     try:
         return _escaped(fields)
-    except RecursionError:
+    except (RecursionError, ValueError):
         return _escaped({**fields, "payload": None})
 
 

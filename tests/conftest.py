@@ -1,0 +1,120 @@
+"""A real PostgreSQL for the tests that need one, started when the first of them asks."""
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psutil
+import pytest
+
+from overtone.db import Database
+from overtone.db.embedded import EmbeddedPostgres
+from overtone.db.migrate import upgrade
+
+_PREFIX = "overtone-test-"
+_TEMPLATE = "overtone_template"
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def embedded_postgres() -> Iterator[EmbeddedPostgres]:
+    """A server of this test session, which forgets its data at a power cut for the sake of speed."""
+    _stop_servers_of_dead_sessions()
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir="/tmp"))
+    server = EmbeddedPostgres(folder / "data", folder / "s", durable=False)
+    server.start()
+    yield server
+    server.stop()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def _migrated_template(embedded_postgres: EmbeddedPostgres) -> str:
+    _finish(_execute(embedded_postgres.url, f'CREATE DATABASE "{_TEMPLATE}"'))
+    _finish(upgrade(_address(embedded_postgres, _TEMPLATE)))
+    return _TEMPLATE
+
+
+@pytest.fixture
+def empty_postgres_url(embedded_postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The address of a database without any tables, fresh for every test."""
+    yield from _fresh_database(embedded_postgres, "template1")
+
+
+@pytest.fixture(scope="module")
+def postgres_url(embedded_postgres: EmbeddedPostgres, _migrated_template: str) -> Iterator[str]:
+    """The address of a migrated database, fresh for every test module."""
+    yield from _fresh_database(embedded_postgres, _migrated_template)
+
+
+@pytest.fixture
+def fresh_postgres_url(embedded_postgres: EmbeddedPostgres, _migrated_template: str) -> Iterator[str]:
+    """The address of a migrated database, fresh for every test."""
+    yield from _fresh_database(embedded_postgres, _migrated_template)
+
+
+@pytest.fixture
+async def database(postgres_url: str) -> AsyncIterator[Database]:
+    """A pool on `postgres_url`; what earlier tests of the module stored is still there."""
+    db = await Database.open(postgres_url)
+    yield db
+    await db.close()
+
+
+@pytest.fixture
+async def fresh_database(fresh_postgres_url: str) -> AsyncIterator[Database]:
+    """A pool on a database of this test alone."""
+    db = await Database.open(fresh_postgres_url)
+    yield db
+    await db.close()
+
+
+def _fresh_database(server: EmbeddedPostgres, template: str) -> Iterator[str]:
+    name = f"test_{next(_numbers)}"
+    _finish(_execute(server.url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))
+    yield _address(server, name)
+    _finish(_execute(server.url, f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+
+def _address(server: EmbeddedPostgres, name: str) -> str:
+    return server.url.replace("@/overtone?", f"@/{name}?")
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+def _finish(work: Coroutine[Any, Any, None]) -> None:
+    # A thread of its own has no event loop yet, whatever runs in this one.
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(work)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _stop_servers_of_dead_sessions() -> None:
+    for folder in Path("/tmp").glob(f"{_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_PREFIX).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)) and os.access(folder, os.W_OK):
+            EmbeddedPostgres(folder / "data", folder / "s").stop()
+            shutil.rmtree(folder, ignore_errors=True)
