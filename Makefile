@@ -1,0 +1,78 @@
+# Overtone. `make` shows what there is; `make up` and `make test` need nothing but Python 3.11+ and make.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help up down status test lint format bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Options of the command behind a target, such as: make up ARGS="--for 90s --json"
+ARGS ?=
+# In this order: what is quick and needs nothing comes first.
+SUITES ?= unit integration cluster model e2e
+CONSTRAINTS := $(wildcard constraints.txt)
+# The interpreter for .venv; the newest that is known to work, unless you choose one.
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
+	command -v $$name >/dev/null 2>&1 && $$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& $$name -c 'import venv, ensurepip' 2>/dev/null && { command -v $$name; break; }; done)
+
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: $(VENV)/.installed ## Install what is missing, start everything, print the addresses. ARGS="--for 90s --json"
+	@exec $(BIN)/overtone up $(ARGS)
+
+down: $(VENV)/.installed ## Stop everything that `make up` started
+	@exec $(BIN)/overtone down $(ARGS)
+
+status: $(VENV)/.installed ## Show what runs
+	@exec $(BIN)/overtone status $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run every test, the quick ones first. ARGS="-k batcher"
+	@failed=""; report=""; \
+	for suite in $(SUITES); do \
+		echo "== tests/$$suite"; status=0; started=$$SECONDS; \
+		$(BIN)/python -m pytest tests/$$suite $(ARGS) 2>&1 | tee $(VENV)/test-$$suite.log || status=$$?; \
+		[ $$status -eq 0 ] || [ $$status -eq 5 ] || failed="$$failed $$suite"; \
+		said=$$(grep -E '^=+ .* in [0-9.]+s' $(VENV)/test-$$suite.log | tail -n 1 | sed -E 's/^=+ | =+$$//g' || true); \
+		report="$$report$$(printf '%-12s %s' "$$suite" "$${said:-ended with status $$status}")\n"; \
+	done; \
+	printf '\n%b' "$$report"; \
+	if [ -n "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
+
+lint: $(VENV)/.installed-dev ## Check format, style, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## Format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev ## Measure texts a second of the engine and through the API. ARGS="--quick"
+	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## Remove .venv and caches (not your data: that is in OVERTONE_HOME)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.made:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "Overtone needs Python 3.11, 3.12 or 3.13 with venv." >&2; \
+		echo "Debian and Ubuntu: apt install python3 python3-venv   macOS: brew install python@3.13" >&2; \
+		echo "Or name one: make up PYTHON=/path/to/python3.13" >&2; exit 1; \
+	fi
+	@echo "Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
+	@echo "Installing what is needed into $(VENV); the first time takes a few minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .$(CONSTRAINTS:%= -c %)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
+	@echo "Installing what training and the tests need into $(VENV); the first time takes a few minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'$(CONSTRAINTS:%= -c %)
+	@touch $@ $(VENV)/.installed
