@@ -73,7 +73,7 @@ class KeyRing:
         """
         if not secret:
             raise UnauthorizedError("An API key is needed.")
-        digest = sha256(secret.encode("utf-8", "surrogateescape")).digest()
+        digest = _digest(secret)
         identity = self._known.get(digest)
         if identity is None:
             identity = await self._look_up(digest)
@@ -82,6 +82,10 @@ class KeyRing:
         if scope not in identity.scopes and "admin" not in identity.scopes:
             raise ForbiddenError(f"The API key does not have the scope {scope!r}.", scope=scope)
         return identity
+
+    def knows(self, secret: str) -> bool:
+        """Whether `secret` was in force when the store was last reached."""
+        return _digest(secret) in self._known
 
     async def refresh(self) -> bool:
         """Read all keys again; whether the store could be reached."""
@@ -128,3 +132,7 @@ class KeyRing:
             if len(self._unknown) >= _MAX_UNKNOWN:
                 self._unknown.clear()
         self._unknown[digest] = now + self._unknown_s
+
+
+def _digest(secret: str) -> bytes:
+    return sha256(secret.encode("utf-8", "surrogateescape")).digest()

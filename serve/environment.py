@@ -8,6 +8,7 @@ socket to other users and ends HAProxy when the Ray process that started it ends
 Knows nothing of running Ray: it imports no Ray, starts nothing and stops nothing.
 """
 
+import contextlib
 import hashlib
 import ipaddress
 import os
@@ -180,8 +181,10 @@ def _make_private(folder: Path) -> None:
         raise EnvironmentProblemError(
             f"{folder}: the path is too long for sockets, {_FOLDER_BYTES} bytes are the most; use a shorter folder"
         )
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise EnvironmentProblemError(f"{folder}: belongs to another user or is no folder; remove it and start again")
-    folder.chmod(0o700)
+    # Others may be let through (a database run by another user may keep its socket inside), never in.
+    folder.chmod(stat.S_IMODE(found.st_mode) & 0o711 | 0o700)

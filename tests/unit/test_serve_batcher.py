@@ -1,0 +1,395 @@
+"""Choosing batches (properties of `Backlog`) and running them (`TokenBatcher` on a real event loop)."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overtone.errors import DeadlineExceededError, EngineError, OverloadedError, ShuttingDownError
+from serve.batcher import BULK_TURN, Backlog, Batch, BatchReport, Limits, Priority, Ticket, TokenBatcher, TokenIds
+
+POISON = -1
+PRIORITIES: tuple[Priority, ...] = ("interactive", "bulk")
+
+requests = st.lists(
+    st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.sampled_from(PRIORITIES)),
+    min_size=1,
+    max_size=20,
+)
+budgets = st.integers(1, 200)
+# A machine at work on other things takes its time now and then.
+properties = settings(max_examples=60, deadline=None)
+
+
+def ticket(lengths: Sequence[int], priority: Priority = "interactive", deadline: float | None = None) -> Ticket[int]:
+    return Ticket([[1] * length for length in lengths], priority, deadline=deadline)
+
+
+def backlog_of(*tickets: Ticket[int]) -> Backlog[int]:
+    backlog = Backlog[int]()
+    for item in tickets:
+        backlog.add(item)
+    return backlog
+
+
+def lengths_of(batch: Batch[int]) -> list[int]:
+    return [len(item.token_ids[index]) for item, index in batch]
+
+
+def take_all(backlog: Backlog[int], budget: int, now: float = 0.0) -> list[Batch[int]]:
+    batches = []
+    while backlog.waiting:
+        batch, _ = backlog.take(budget, now)
+        if batch:
+            batches.append(batch)
+    return batches
+
+
+# --- the choice
+
+
+@properties
+@given(requests, budgets)
+def test_every_row_is_taken_exactly_once(asked: list[tuple[list[int], Priority]], budget: int) -> None:
+    tickets = [ticket(lengths, priority) for lengths, priority in asked]
+    taken = Counter((id(item), index) for batch in take_all(backlog_of(*tickets), budget) for item, index in batch)
+
+    assert taken == Counter((id(item), index) for item in tickets for index in range(len(item.token_ids)))
+
+
+@properties
+@given(requests, budgets)
+def test_no_batch_is_over_budget_but_a_single_row(asked: list[tuple[list[int], Priority]], budget: int) -> None:
+    for batch in take_all(backlog_of(*(ticket(*request) for request in asked)), budget):
+        assert len(batch) == 1 or len(batch) * max(lengths_of(batch)) <= budget
+
+
+@properties
+@given(requests, budgets)
+def test_what_waits_is_counted(asked: list[tuple[list[int], Priority]], budget: int) -> None:
+    backlog = backlog_of(*(ticket(*request) for request in asked))
+    left = Counter({"texts": backlog.waiting, "tokens": backlog.waiting_tokens})
+    assert left == {"texts": sum(len(r) for r, _ in asked), "tokens": sum(sum(r) for r, _ in asked)}
+
+    for _ in range(3):
+        batch, _ = backlog.take(budget, 0.0)
+        left -= Counter({"texts": len(batch), "tokens": sum(lengths_of(batch))})
+        assert Counter({"texts": backlog.waiting, "tokens": backlog.waiting_tokens}) == left
+
+
+@properties
+@given(requests, budgets)
+def test_the_oldest_row_of_its_priority_is_in_each_batch(asked: list[tuple[list[int], Priority]], budget: int) -> None:
+    tickets = [ticket(*request) for request in asked]
+    backlog = backlog_of(*tickets)
+    left = [(item, index) for item in tickets for index in range(len(item.token_ids))]
+    while left:
+        oldest = {priority: next((row for row in left if row[0].priority == priority), None) for priority in PRIORITIES}
+        batch, _ = backlog.take(budget, 0.0)
+        assert batch[0] in oldest.values()
+        left = [row for row in left if row not in batch]
+
+
+@properties
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=10), budgets, st.data())
+def test_bulk_never_starves_behind_interactive_work_that_never_ends(
+    bulk: list[int], budget: int, data: st.DataObject
+) -> None:
+    waiting = ticket(bulk, "bulk")
+    backlog = backlog_of(waiting)
+    for _ in range(len(bulk) * BULK_TURN):
+        backlog.add(ticket(data.draw(st.lists(st.integers(1, 40), min_size=20, max_size=20))))
+        backlog.take(budget, 0.0)
+
+    assert not waiting.waiting
+
+
+@properties
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), budgets)
+def test_a_row_is_passed_over_by_no_more_batches_than_rows_came_before(lengths: list[int], budget: int) -> None:
+    batches = take_all(backlog_of(ticket(lengths)), budget)
+    for number, batch in enumerate(batches):
+        assert all(number <= index for _, index in batch)
+
+
+@properties
+@given(requests, st.integers(0, 19), budgets)
+def test_a_dropped_request_is_never_taken(asked: list[tuple[list[int], Priority]], which: int, budget: int) -> None:
+    tickets = [ticket(*request) for request in asked]
+    backlog = backlog_of(*tickets)
+    dropped = tickets[which % len(tickets)]
+    backlog.take(budget, 0.0)
+    before = dropped.waiting
+    backlog.drop(dropped)
+    rest = [row for batch in take_all(backlog, budget) for row in batch]
+
+    assert dropped not in {item for item, _ in rest}
+    assert dropped.waiting == before
+    assert backlog.waiting == backlog.waiting_tokens == 0
+
+
+def test_all_that_fits_is_taken() -> None:
+    [batch] = take_all(backlog_of(ticket([3, 9, 1]), ticket([5], "bulk")), budget=36)
+
+    assert sorted(lengths_of(batch)) == [1, 3, 5, 9]
+
+
+def test_rows_of_like_length_go_together() -> None:
+    batches = take_all(backlog_of(ticket([30, 5, 29, 6, 31, 4])), budget=93)
+
+    assert [sorted(lengths_of(batch)) for batch in batches] == [[29, 30, 31], [4, 5, 6]]
+
+
+def test_interactive_rows_go_first_and_bulk_fills_up() -> None:
+    bulk, interactive = ticket([10] * 100, "bulk"), ticket([10] * 3)
+    batch, _ = backlog_of(bulk, interactive).take(50, 0.0)
+
+    assert [item.priority for item, _ in batch] == ["interactive"] * 3 + ["bulk"] * 2
+
+
+def test_rows_past_their_deadline_are_given_up_when_met() -> None:
+    late, early = ticket([5, 5, 9], deadline=1.0), ticket([5], deadline=3.0)
+    batch, expired = backlog_of(late, early).take(50, now=1.0)
+
+    assert expired == [late]
+    assert [item for item, _ in batch] == [early]
+
+
+def test_one_row_longer_than_the_budget_runs_alone() -> None:
+    assert [lengths_of(batch) for batch in take_all(backlog_of(ticket([500, 1])), budget=100)] == [[500], [1]]
+
+
+# --- the running
+
+
+class Engine:
+    """Classifies a row as the sum of its ids, when told to; fails on a batch with `POISON` in it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[TokenIds]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def classify(self, token_ids: list[TokenIds]) -> list[int]:
+        self.batches.append(token_ids)
+        await self.gate.wait()
+        if any(POISON in ids for ids in token_ids):
+            raise EngineError("poisoned")
+        return [sum(ids) for ids in token_ids]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  (what is waited for is state of the code under test)
+            await asyncio.sleep(0)
+
+
+@properties
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.one_of(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.just([POISON])), max_size=12),
+            st.sampled_from(PRIORITIES),
+        ),
+        max_size=12,
+    ),
+    st.integers(1, 100),
+    st.integers(0, 2),
+)
+def test_every_row_gets_its_own_result_whatever_its_neighbours_do(
+    asked: list[tuple[list[TokenIds], Priority]], budget: int, ahead: int
+) -> None:
+    async def run() -> list[list[int | Exception]]:
+        batcher = TokenBatcher[int](Engine().classify, limits=Limits(budget_tokens=budget, ahead=ahead))
+        return await asyncio.gather(*(batcher.submit(rows, priority=priority) for rows, priority in asked))
+
+    for (rows, _), results in zip(asked, asyncio.run(run()), strict=True):
+        for row, result in zip(rows, results, strict=True):
+            assert isinstance(result, EngineError) if POISON in row else result == sum(row)
+
+
+async def test_requests_that_arrive_together_join_one_batch() -> None:
+    engine = Engine()
+    batcher = TokenBatcher[int](engine.classify)
+    await asyncio.gather(*(batcher.submit([[number]]) for number in range(5)))
+
+    assert len(engine.batches) == 1
+
+
+async def test_what_arrives_while_the_engine_works_is_the_next_batch() -> None:
+    engine = Engine()
+    engine.gate.clear()
+    batcher = TokenBatcher[int](engine.classify)
+    waiting = [asyncio.create_task(batcher.submit([[1]]))]
+    await until(lambda: engine.batches)
+    waiting += [asyncio.create_task(batcher.submit([[number]])) for number in range(2, 8)]
+    await until(lambda: batcher.waiting == 6)
+    engine.gate.set()
+    await asyncio.gather(*waiting)
+
+    assert [len(batch) for batch in engine.batches] == [1, 6]
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(0, 1), (1, 2)])
+async def test_a_full_batch_is_chosen_ahead_only_under_backlog(ahead: int, expected: int) -> None:
+    engine = Engine()
+    engine.gate.clear()
+    batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=10, ahead=ahead))
+    task = asyncio.create_task(batcher.submit([[1] * 5] * 7))
+    await until(lambda: len(engine.batches) == expected)
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+    assert len(engine.batches) == expected
+    engine.gate.set()
+    await task
+
+
+async def test_a_full_queue_refuses_and_says_for_how_long() -> None:
+    engine, clock = Engine(), Clock()
+    batcher = TokenBatcher[int](
+        engine.classify, limits=Limits(budget_tokens=4, max_interactive_texts=10, ahead=0), clock=clock
+    )
+    engine.gate.clear()
+    first = asyncio.create_task(batcher.submit([[1]] * 4))
+    await until(lambda: engine.batches)
+    clock.now += 2.0
+    engine.gate.set()
+    await first
+    engine.gate.clear()
+    tasks = [asyncio.create_task(batcher.submit([[1]] * 4))]
+    await until(lambda: len(engine.batches) == 2)
+    tasks += [asyncio.create_task(batcher.submit([[1]] * 4)) for _ in range(2)]
+    await until(lambda: batcher.waiting == 8)
+
+    with pytest.raises(OverloadedError) as caught:
+        await batcher.submit([[1]] * 6)
+    assert caught.value.retry_after_s == pytest.approx(4 / 2.0)  # 4 texts too many, 2 texts a second
+    engine.gate.set()
+    await asyncio.gather(*tasks)
+
+
+async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
+    batcher = TokenBatcher[int](Engine().classify, limits=Limits(max_interactive_texts=2))
+
+    assert await batcher.submit([[1]] * 5) == [1] * 5
+
+
+async def test_bulk_work_does_not_take_the_room_of_interactive_work() -> None:
+    engine = Engine()
+    engine.gate.clear()
+    batcher = TokenBatcher[int](engine.classify, limits=Limits(max_interactive_texts=1, max_bulk_texts=5))
+    bulk = asyncio.create_task(batcher.submit([[1] * 200] * 5, priority="bulk"))
+    await until(lambda: engine.batches)
+    one = asyncio.create_task(batcher.submit([[2]]))
+    await until(lambda: batcher.waiting >= 1)
+    engine.gate.set()
+
+    assert await one == [2]
+    assert await bulk == [200] * 5
+
+
+async def test_rows_that_wait_past_the_deadline_cost_nothing() -> None:
+    engine, clock = Engine(), Clock()
+    engine.gate.clear()
+    batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=1, ahead=0), clock=clock)
+    first = asyncio.create_task(batcher.submit([[1]]))
+    await until(lambda: engine.batches)
+    late = asyncio.create_task(batcher.submit([[2]], deadline_s=0.5))
+    await until(lambda: batcher.waiting == 1)
+    clock.now += 1.0
+    engine.gate.set()
+
+    with pytest.raises(DeadlineExceededError):
+        await late
+    assert await first == [1]
+    assert engine.batches == [[[1]]]
+
+
+async def test_cancelled_rows_cost_nothing() -> None:
+    engine = Engine()
+    engine.gate.clear()
+    batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=1, ahead=0))
+    first = asyncio.create_task(batcher.submit([[1]]))
+    await until(lambda: engine.batches)
+    given_up = asyncio.create_task(batcher.submit([[2]] * 50))
+    await until(lambda: batcher.waiting == 50)
+    given_up.cancel()
+    await asyncio.gather(given_up, return_exceptions=True)
+    engine.gate.set()
+
+    assert await first == [1]
+    assert await batcher.submit([[3]]) == [3]
+    assert engine.batches == [[[1]], [[3]]]
+
+
+async def test_a_foreign_exception_is_not_shown() -> None:
+    async def classify(token_ids: list[TokenIds]) -> list[int]:
+        raise ZeroDivisionError("secret")
+
+    [result] = await TokenBatcher[int](classify).submit([[1]])
+
+    assert isinstance(result, EngineError)
+    assert "secret" not in str(result)
+
+
+async def test_a_wrong_number_of_results_is_an_engine_error() -> None:
+    async def classify(token_ids: list[TokenIds]) -> list[int]:
+        return []
+
+    [result] = await TokenBatcher[int](classify).submit([[1]])
+
+    assert isinstance(result, EngineError)
+
+
+async def test_failures_in_a_row_are_counted_until_one_works() -> None:
+    batcher = TokenBatcher[int](Engine().classify)
+    await batcher.submit([[POISON], [POISON]])
+    assert batcher.failures_in_a_row == 2
+
+    await batcher.submit([[1]])
+    assert batcher.failures_in_a_row == 0
+
+
+async def test_draining_answers_what_was_taken_and_refuses_the_rest() -> None:
+    engine = Engine()
+    engine.gate.clear()
+    batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=2))
+    taken = asyncio.create_task(batcher.submit([[1]] * 9))
+    await until(lambda: engine.batches)
+    draining = asyncio.create_task(batcher.drain())
+    await asyncio.sleep(0)
+    with pytest.raises(ShuttingDownError):
+        await batcher.submit([[1]])
+    assert not draining.done()
+    engine.gate.set()
+
+    assert await taken == [1] * 9
+    await asyncio.wait_for(draining, 5)
+
+
+async def test_an_idle_batcher_drains_at_once() -> None:
+    await asyncio.wait_for(TokenBatcher[int](Engine().classify).drain(), 1)
+
+
+async def test_reports_tell_texts_tokens_and_padding() -> None:
+    reports: list[BatchReport] = []
+    batcher = TokenBatcher[int](Engine().classify, observe=reports.append, clock=Clock())
+    await batcher.submit([[1] * 3, [1] * 5])
+
+    assert reports == [BatchReport(texts=2, tokens=8, padded_tokens=10, queue_s=0.0, engine_s=0.0)]
+
+
+async def test_nothing_asked_is_nothing_answered() -> None:
+    assert await TokenBatcher[int](Engine().classify).submit([]) == []
