@@ -62,11 +62,12 @@ class IngestActor:
 def start_actor(settings: Settings, options: IngestOptions | None = None, *, metrics_folder: Path | None = None) -> Any:
     """The handle of the ingest actor, which is started unless it runs already. Ray must be connected.
 
-    `options` default to what suits `settings.x_api_base_url`. The actor takes everything else from its own settings.
-    Its metrics go into `metrics_folder`, to be shown together with those of the replicas.
+    `options` default to what suits `settings.x_api_base_url`. With `metrics_folder` the actor adds its metrics to those
+    of the other processes of the machine there. Everything else it takes from its own settings.
     """
     chosen = suited_to(settings.x_api_base_url, options)
-    variables = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)} if metrics_folder else {}
+    # prometheus_client looks for the folder when it is imported, before any code of the actor runs.
+    extra = {} if metrics_folder is None else {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)}
     return (
         ray.remote(IngestActor)
         .options(
@@ -77,7 +78,7 @@ def start_actor(settings: Settings, options: IngestOptions | None = None, *, met
             max_restarts=-1,
             max_task_retries=-1,
             num_cpus=0,
-            runtime_env={"env_vars": variables},
+            runtime_env={"env_vars": extra} if extra else None,
         )
         .remote(chosen.model_dump(mode="json"))
     )

@@ -36,10 +36,10 @@ StorePosts = Callable[[Sequence[Post]], Awaitable[int]]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What to search for: since_id < id < until_id; no upper end when `until_id` is None."""
+    """What to search for: since_id < id < until_id."""
 
     since_id: int
-    until_id: int | None = None
+    until_id: int
 
 
 @dataclass(slots=True)
@@ -161,7 +161,7 @@ class Repairer:
     async def _fetch(self, since: int, before: int) -> int:
         """Search at once, and the end of the span again when X has had time to index it; return the new posts."""
         started = datetime.now(UTC)
-        new = await self._search(Span(since))
+        new = await self._search(Span(since, min(before, datetime_to_snowflake(started))))
         settles_at = snowflake_to_datetime(before) + timedelta(seconds=self._options.settle_s)
         if started < settles_at:
             await asyncio.sleep(max((settles_at - datetime.now(UTC)).total_seconds(), 0.0))
@@ -174,11 +174,11 @@ class Repairer:
 
     async def _search_one(self, query: str, tag: str | None, span: Span) -> int:
         """Store what `query` finds in `span` and return how many posts were new. A failed page is asked for again."""
-        new, until_id, token, wait_s = 0, span.until_id, None, _FIRST_WAIT_S
+        new, token, wait_s = 0, None, _FIRST_WAIT_S
         while True:
             try:
                 answer = await self._api.search_recent(
-                    query, since_id=span.since_id, until_id=until_id, next_token=token, fields=self._fields
+                    query, since_id=span.since_id, until_id=span.until_id, next_token=token, fields=self._fields
                 )
             except StreamError as error:
                 if not error.retryable or error.details.get("status") == 400:

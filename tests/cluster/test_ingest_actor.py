@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ingest.options import IngestOptions, RepairOptions
 from ingest.simulator import SimulatorOptions, start_simulator
 from overtone.db import Database
 from overtone.db.predictions import counts
+from overtone.metrics import exposition
 from overtone.settings import load_settings
 
 LIMIT = 1_500
@@ -79,9 +81,9 @@ async def eventually(holds: Callable[[], Any], within_s: float = 60.0) -> None:
             await asyncio.sleep(0.2)
 
 
-async def test_a_killed_actor_comes_back_and_loses_nothing(surroundings: str, ray_here: Any) -> None:
+async def test_a_killed_actor_comes_back_and_loses_nothing(surroundings: str, ray_here: Any, tmp_path: Path) -> None:
     db = await Database.open(surroundings, max_size=2)
-    handle = await asyncio.to_thread(start_actor, load_settings(), QUICK)
+    handle = await asyncio.to_thread(start_actor, load_settings(), QUICK, metrics_folder=tmp_path)
 
     async def status() -> dict[str, Any]:
         return dict(await asyncio.to_thread(ray_here.get, handle.status.remote(), timeout=30))
@@ -99,6 +101,7 @@ async def test_a_killed_actor_comes_back_and_loses_nothing(surroundings: str, ra
         return (stored.posts, stored.predictions) == (LIMIT, LIMIT)
 
     await eventually(is_whole)
+    assert b"overtone_ingest_posts_stored_total" in exposition(tmp_path)
     after = await status()
     assert after["pid"] != before["pid"]
     assert after["state"] == "running"
