@@ -36,7 +36,9 @@ _TICK_S = 0.02
 _WINDOW_S = 900
 _MAX_BEHIND_POSTS = 50_000
 _MAX_CHUNK_POSTS = 200
-_FAULTS = frozenset({"disconnect", "close", "reset", "garbage", "duplicate", "stall", "refuse", "search_down"})
+_FAULTS = frozenset(
+    {"disconnect", "close", "reset", "garbage", "duplicate", "stall", "refuse", "search_down", "silence"}
+)
 
 _log = get_logger()
 
@@ -331,7 +333,10 @@ class Simulator:
             self._refusals.extend([status] * int(amount))
         elif kind == "search_down":
             self._search_down_until = time.monotonic() + amount
-        return web.json_response({"applied": kind in {"refuse", "search_down"} or self._command(kind, amount)})
+        elif kind == "silence":
+            self.timeline.silence()
+        is_done = kind in {"refuse", "search_down", "silence"}
+        return web.json_response({"applied": is_done or self._command(kind, amount)})
 
     def _command(self, kind: str, amount: float) -> bool:
         if self._connection is None:

@@ -73,6 +73,10 @@ class Timeline:
             self._forgotten += self._keep
         return count
 
+    def silence(self) -> None:
+        """Publish nothing more; what was published stays."""
+        self._limit = self.end
+
     def ids(self, since_id: int = 0) -> list[int]:
         """The kept ids above `since_id`, ascending."""
         return self._ids[bisect_right(self._ids, since_id) :].tolist()

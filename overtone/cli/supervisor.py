@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
+
 from overtone.cli.children import Child, Driver, ray_head, simulator
 from overtone.cli.cleanup import stop_home, stop_ray
 from overtone.cli.figures import Totals, await_drained
@@ -336,10 +338,15 @@ class Supervisor:
     # --- stopping
 
     def _stop_source(self) -> None:
-        if self._simulator is not None:
-            self._stop_simulator()
-        else:
+        if not self._plan.simulates:
             self._drain_ingestion()
+            return
+        # A silent simulator still hands out what it published, which one that was killed would take with it.
+        url = self._plan.environment["X_API_BASE_URL"]
+        try:
+            httpx.post(f"{url}/simulator/faults", json={"kind": "silence"}, timeout=5.0, trust_env=False)
+        except httpx.HTTPError:
+            self._stop_simulator()
 
     def _stop_simulator(self) -> None:
         if self._simulator is not None:
