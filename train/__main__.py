@@ -4,6 +4,7 @@ import hashlib
 import platform
 import shlex
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +81,11 @@ class _Job:
         from train.tracking import tracked_run
 
         require_bundle_folder(self.output)
-        with tracked_run(self.settings, self.config, name) as tracker:
+        with (
+            tracked_run(self.settings, self.config, name) as tracker,
+            tempfile.TemporaryDirectory(prefix="overtone-") as scratch,
+        ):
+            weights = Path(scratch) / "weights"
             with ray_cluster(address), RunProgress(self.console) as progress:
                 self.console.print(f"run {name}, checkpoints in {storage}")
 
@@ -89,7 +94,7 @@ class _Job:
                     tracker.metrics(metrics, metrics["step"])
 
                 spec = RunSpec(name, self.train, self.validation, storage)
-                weights, best = run_training(self.config, spec, follow)
+                best = run_training(self.config, spec, follow, weights)
             exported = self._export(weights, split, best)
             tracker.metrics({"bundle_macro_recall": exported.scores.macro_recall}, best["step"])
             tracker.bundle(self.output)

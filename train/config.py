@@ -85,8 +85,8 @@ class ClusterConfig(Section):
     """One GPU a worker. Unset: when the cluster has enough of them."""
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs a worker. Unset: this machine's CPUs shared out evenly."""
-    max_failures: int = Field(2, ge=-1)
-    """Worker deaths after which the run is given up; -1 for never."""
+    max_failures: int = Field(1, ge=-1)
+    """Failures of workers, preemption aside, that are answered by resuming from the last checkpoint; -1: all."""
 
 
 class ExportConfig(Section):

@@ -79,7 +79,12 @@ def open_classifier(config: ModelConfig, labels: Sequence[str], *, attention: st
         for name, value in _dropouts(config).items():
             if hasattr(shape, name):
                 setattr(shape, name, value)
-        return AutoModelForSequenceClassification.from_pretrained(folder, config=shape, attn_implementation=attention)
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=shape,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # an encoder with a head for other labels gets a fresh one
+        )
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"model.name={config.name}: the encoder cannot be read: {error}") from None
 

@@ -85,11 +85,11 @@ def _connect(address: str | None, folder: str | None) -> None:
         ) from error
 
 
-def run_training(config: TrainConfig, spec: RunSpec, follow: Follow) -> tuple[Path, dict[str, Any]]:
+def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Path) -> dict[str, Any]:
     """Run or resume `spec` on the cluster that this process is connected to.
 
-    Returns the folder with the weights of the checkpoint with the best macro-averaged recall, and that checkpoint's
-    metrics. `follow` is called, in another thread, with the metrics of every report.
+    Copies the weights of the checkpoint with the best macro-averaged recall into the new folder `weights` and returns
+    that checkpoint's metrics. `follow` is called, in another thread, with the metrics of every report.
 
     Raises:
         OvertoneError: a worker failed for good; the error a worker raised, where it is one of ours.
@@ -117,7 +117,7 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow) -> tuple[Pa
             result = trainer.fit()
         except TrainingFailedError as error:
             raise _cause(error) from error
-    return _best(result)
+    return _take_best(result, weights)
 
 
 def _scaling(cluster: ClusterConfig) -> ScalingConfig:
@@ -127,13 +127,14 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
     return ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker={"CPU": cpus})
 
 
-def _best(result: Any) -> tuple[Path, dict[str, Any]]:
+def _take_best(result: Any, weights: Path) -> dict[str, Any]:
     candidates = result.best_checkpoints or []
     if not candidates:
         raise OvertoneError("the run ended without a checkpoint")
     checkpoint, metrics = max(candidates, key=lambda pair: pair[1].get("macro_recall", 0.0))
-    folder = Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="overtone-")))
-    return folder / WEIGHTS, dict(metrics)
+    with checkpoint.as_directory() as folder:
+        shutil.copytree(Path(folder) / WEIGHTS, weights)
+    return dict(metrics)
 
 
 def _cause(error: TrainingFailedError) -> OvertoneError:
