@@ -40,6 +40,8 @@ _SETTINGS = {
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
     "max_connections": "100",
+    # The cores are for the model; parallel workers also need more /dev/shm than containers give.
+    "max_parallel_workers_per_gather": "0",
     "log_line_prefix": "%m [%p] %a ",
     # A statement or a detail line would carry the text of posts into the log.
     "log_min_error_statement": "panic",

@@ -302,10 +302,6 @@ async def test_gaps_are_opened_closed_and_listed(fresh_database: Database) -> No
 
 
 async def test_a_lost_connection_is_unavailable_and_mends_itself(database: Database) -> None:
-    async with database.acquire() as victim:
-        pid = victim.get_server_pid()
-        async with database.acquire() as other:
-            await other.execute("SELECT pg_terminate_backend($1)", pid)
     with pytest.raises(DatabaseUnavailableError):
         async with database.acquire() as connection:
             await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
