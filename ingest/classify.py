@@ -143,7 +143,7 @@ class Classifier:
         wait_s, failing_since = _FIRST_WAIT_S, None
         while True:
             try:
-                return await self._client.predict(texts)
+                outcomes = await self._client.predict(texts)
             except InvalidInputError:
                 raise
             except OvertoneError as error:
@@ -153,6 +153,9 @@ class Classifier:
                 failing_since = (failing_since or now) if error.details.get("status") == 500 else None
                 if failing_since is not None and now - failing_since > _SERVER_ERROR_PATIENCE_S:
                     raise InvalidInputError("the API fails on these texts") from error
+            else:
+                self._note_recovery()
+                return outcomes
             await asyncio.sleep(max(wait_s, at_least_s) * random.uniform(1.0, 1.25))
             wait_s = min(wait_s * 2, _MAX_WAIT_S)
 
@@ -220,3 +223,8 @@ class Classifier:
         if error.message != self.status.last_error:
             _log.warning("classify.delayed", code=error.code, reason=error.message)
         self.status.last_error = error.message
+
+    def _note_recovery(self) -> None:
+        if self.status.last_error is not None:
+            _log.info("classify.resumed")
+        self.status.last_error = None

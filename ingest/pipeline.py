@@ -80,6 +80,7 @@ class Pipeline:
             client = await stack.enter_async_context(client_for(self._settings, self._options.classify.timeout_s))
             self._classifier = Classifier(db, client, self._options.classify)
             self._store = PostStore(db, self._classifier, epoch=epoch)
+            self._last_error = None
             await self._run_parts(stop, db, api)
 
     def status(self) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class Pipeline:
             errors.append(None if stream.is_connected else stream.last_error)
         if self._store is not None:
             stored = self._store.status
+            errors.append(stored.last_error)
             figures |= {
                 "posts_received": stored.posts_received,
                 "posts_stored": stored.posts_stored,

@@ -93,7 +93,7 @@ class Repairer:
             try:
                 for group in overlapping(await self._waiting_gaps()):
                     await self._repair(group)
-                wait_s = _FIRST_WAIT_S
+                wait_s, self.status.last_error = _FIRST_WAIT_S, None
             except (StreamError, DatabaseUnavailableError) as error:
                 if not error.retryable:
                     raise

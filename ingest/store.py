@@ -64,6 +64,9 @@ class PostStore:
 
         epoch = self._epoch
         new = await until_it_works(lambda: write_posts(self._db, posts, stream=stream, epoch=epoch), note)
+        if self.status.last_error is not None:
+            _log.info("store.resumed")
+        self.status.last_error = None
         metrics.WRITE_SECONDS.labels("posts").observe(time.monotonic() - began)
         metrics.POSTS_STORED.inc(new)
         self.status.posts_stored += new
