@@ -20,6 +20,8 @@ _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z])(?=[0-9])|(?<=[A-Z])(?=[A
 _ELONGATION = re.compile(r"([A-Za-z!?.])\1{2,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\x80-\x9f\u200b\u2060\ufeff]")
 _SPACE = re.compile(r"\s+")
+_MAYBE_EMOJI = re.compile(r"[\u00a9\u00ae\u203c-\U0010ffff]")
+"""A character that every emoji has at least one of; looking for it is far cheaper than looking for emoji."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -60,7 +62,7 @@ def _split_hashtag(match: re.Match[str]) -> str:
 
 
 def _words_for_emoji(text: str) -> str:
-    if emoji.emoji_count(text) == 0:
+    if _MAYBE_EMOJI.search(text) is None or emoji.emoji_count(text) == 0:
         return text
     return emoji.replace_emoji(text, replace=_emoji_words)
 

@@ -26,6 +26,7 @@ class ServeArgs(BaseModel):
     bundle: str | None = Field(None, description="Folder of the bundle. Default: BUNDLE, or the one in the package.")
     metrics_folder: str | None = Field(None, description="Folder through which replicas add up their metrics.")
     budget_tokens: int = Field(_LIMITS.budget_tokens, ge=16, le=1_000_000, description="Padded tokens a batch.")
+    waste_tokens: int = Field(_LIMITS.waste_tokens, ge=0, le=1_000_000, description="Padding a row may add to it.")
     max_interactive_texts: int = Field(_LIMITS.max_interactive_texts, ge=1, le=1_000_000)
     max_bulk_texts: int = Field(_LIMITS.max_bulk_texts, ge=1, le=10_000_000)
     interactive_deadline_s: float = Field(30.0, gt=0, le=3600)
@@ -38,6 +39,7 @@ def build(args: ServeArgs) -> Application:
         threads=args.threads,
         limits=Limits(
             budget_tokens=args.budget_tokens,
+            waste_tokens=args.waste_tokens,
             max_interactive_texts=args.max_interactive_texts,
             max_bulk_texts=args.max_bulk_texts,
         ),

@@ -31,6 +31,9 @@ class Limits:
 
     budget_tokens: int = 256
     """Padded tokens a batch: rows times the longest. One longer row makes a batch of its own."""
+    waste_tokens: int = 8
+    """Padding that one further row may add to a batch. A batch of its own costs the engine about as much on a CPU as
+    ten tokens, so a row that would add more padding than that waits for its like; GPUs want far more."""
     max_interactive_texts: int = 1024
     """Interactive texts that may wait. A larger request is still taken when nothing of its priority waits."""
     max_bulk_texts: int = 20_000
@@ -88,7 +91,8 @@ class Backlog(Generic[Row]):
 
     The choice: the oldest row, of interactive requests first (of bulk ones every `BULK_TURN`th time), then again and
     again the row of that priority that adds least padding, then likewise of the other one, until no further row fits
-    the budget. So a row is never passed over by more batches than there were rows before it.
+    the budget or every one would add too much padding. So a row is never passed over by more batches than there were
+    rows before it.
     """
 
     def __init__(self) -> None:
@@ -119,13 +123,16 @@ class Backlog(Generic[Row]):
             ticket.dead = True
             self._queues[ticket.priority].forget(ticket)
 
-    def take(self, budget_tokens: int, now: float) -> tuple[Batch[Row], list[Ticket[Row]]]:
+    def take(
+        self, budget_tokens: int, now: float, waste_tokens: int | None = None
+    ) -> tuple[Batch[Row], list[Ticket[Row]]]:
         """Take the next batch out; empty when nothing waits. Second: requests dropped because `now` is too late."""
+        room = _Room(budget_tokens, budget_tokens if waste_tokens is None else waste_tokens)
         batch: Batch[Row] = []
         longest = 0
         expired: list[Ticket[Row]] = []
         for queue in self._turn(now, expired):
-            longest = queue.fill(batch, longest, budget_tokens, now, expired)
+            longest = queue.fill(batch, longest, room, now, expired)
         return batch, expired
 
     def _turn(self, now: float, expired: list[Ticket[Row]]) -> "tuple[_Queue[Row], _Queue[Row]]":
@@ -135,6 +142,14 @@ class Backlog(Generic[Row]):
             return (interactive, bulk) if interactive.waiting else (bulk, interactive)
         self._passed_over = (self._passed_over + 1) % BULK_TURN
         return (interactive, bulk) if self._passed_over else (bulk, interactive)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What a batch may hold: see `Limits`."""
+
+    budget_tokens: int
+    waste_tokens: int
 
 
 class _Queue(Generic[Row]):
@@ -181,7 +196,7 @@ class _Queue(Generic[Row]):
                 self._arrivals.popleft()
         return None
 
-    def fill(self, batch: Batch[Row], longest: int, budget: int, now: float, expired: list[Ticket[Row]]) -> int:
+    def fill(self, batch: Batch[Row], longest: int, room: _Room, now: float, expired: list[Ticket[Row]]) -> int:
         """Add rows to `batch`, padded to `longest` so far; the new longest."""
         if not batch:
             oldest = self.oldest(now, expired)
@@ -189,8 +204,8 @@ class _Queue(Generic[Row]):
                 return longest
             longest = len(oldest[0].token_ids[oldest[1]])
             self._pop(batch, longest, now, expired)
-        while (limit := budget // (len(batch) + 1)) >= longest:
-            length = self._nearest(longest, len(batch), limit)
+        while (limit := room.budget_tokens // (len(batch) + 1)) >= longest:
+            length = self._nearest(longest, len(batch), limit, room.waste_tokens)
             if length is None:
                 break
             if self._pop(batch, length, now, expired):
@@ -199,14 +214,18 @@ class _Queue(Generic[Row]):
             self._clear()
         return longest
 
-    def _nearest(self, longest: int, rows: int, limit: int) -> int | None:
-        """The length, up to `limit`, whose next row adds least padding to `rows` rows padded to `longest`."""
+    def _nearest(self, longest: int, rows: int, limit: int, waste: int) -> int | None:
+        """The length, up to `limit`, whose next row adds least padding to `rows` rows padded to `longest`.
+
+        None when there is none, or when it would add more than `waste`.
+        """
         below = (self._lengths & ((2 << longest) - 1)).bit_length() - 1
+        best = (longest - below, below) if below >= 0 else None
         higher = (self._lengths & ((2 << limit) - 1)) >> (longest + 1)
-        if not higher:
-            return below if below >= 0 else None
-        above = longest + (higher & -higher).bit_length()
-        return above if below < 0 or (above - longest) * rows < longest - below else below
+        if higher:
+            above = longest + (higher & -higher).bit_length()
+            best = min(best, ((above - longest) * rows, above)) if best else ((above - longest) * rows, above)
+        return best[1] if best and best[0] <= waste else None
 
     def _pop(self, batch: Batch[Row], length: int, now: float, expired: list[Ticket[Row]]) -> bool:
         """Move the oldest row of `length` that is alive to `batch`; whether there was one."""
@@ -325,7 +344,7 @@ class TokenBatcher(Generic[Row]):
         self._pump_is_due = False
         while self._may_take():
             now = self._clock()
-            batch, expired = self._backlog.take(self._limits.budget_tokens, now)
+            batch, expired = self._backlog.take(self._limits.budget_tokens, now, self._limits.waste_tokens)
             for ticket in expired:
                 self._fail(ticket, DeadlineExceededError("The deadline passed while the texts waited for the engine."))
             if batch:

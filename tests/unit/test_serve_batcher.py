@@ -143,6 +143,16 @@ def test_rows_of_like_length_go_together() -> None:
     assert [sorted(lengths_of(batch)) for batch in batches] == [[29, 30, 31], [4, 5, 6]]
 
 
+def test_a_row_that_would_add_much_padding_waits_for_its_like() -> None:
+    backlog = backlog_of(ticket([30, 10, 28, 36, 50, 9, 22]))
+    batches = []
+    while backlog.waiting:
+        batch, _ = backlog.take(500, 0.0, waste_tokens=8)
+        batches.append(lengths_of(batch))
+
+    assert batches == [[30, 28, 22], [10, 9], [36], [50]]
+
+
 def test_interactive_rows_go_first_and_bulk_fills_up() -> None:
     bulk, interactive = ticket([10] * 100, "bulk"), ticket([10] * 3)
     batch, _ = backlog_of(bulk, interactive).take(50, 0.0)
