@@ -135,7 +135,7 @@ def ray_head(plan: Plan, cpus: int) -> Child:
         "temp-dir": plan.folder / "ray",
         "object-store-memory": _OBJECT_STORE_BYTES,
         "num-cpus": cpus,
-        "include-dashboard": "true",
+        "include-dashboard": str(plan.has_dashboard).lower(),
         "include-log-monitor": "false",
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]

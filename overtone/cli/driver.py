@@ -18,7 +18,7 @@ from overtone.errors import OvertoneError, UnavailableError
 from overtone.logging import configure, get_logger
 from overtone.settings import Settings, load_settings
 
-_CONNECT_TIMEOUT_S = 60.0
+_CONNECT_TIMEOUT_S = 150.0
 _STOP_TIMEOUT_S = 15.0
 
 _log = get_logger()
@@ -71,12 +71,14 @@ def _connect(address: str) -> None:
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=1.0).close()
-            break
+            ray.init(address=address, namespace="overtone", log_to_driver=False, configure_logging=False)
+            return
+        # Ray says ConnectionError, an OSError, for a head that takes connections but has no node yet.
         except OSError as error:
+            ray.shutdown()
             if time.monotonic() > deadline:
                 raise UnavailableError(f"Ray does not answer on {address}.") from error
-            time.sleep(0.05)
-    ray.init(address=address, namespace="overtone", log_to_driver=False, configure_logging=False)
+            time.sleep(0.1)
 
 
 def _serve(settings: Settings, metrics: Path) -> None:

@@ -46,6 +46,8 @@ class Plan:
     """None with a DATABASE_URL of the user's."""
     simulates: bool
     """Whether posts come from the simulator."""
+    has_dashboard: bool
+    """Whether Ray's dashboard runs: ten more processes."""
     environment: dict[str, str]
     """Of every process but PostgreSQL, less the mark."""
 
@@ -84,7 +86,7 @@ class Plan:
         return {**self.environment, MARK: mark_of(self.home, self.run_id, part)}
 
 
-def make_plan(settings: Settings, *, rate: float | None = None) -> Plan:
+def make_plan(settings: Settings, *, rate: float | None = None, has_dashboard: bool = True) -> Plan:
     """Decide everything for one run of the stack.
 
     Raises:
@@ -112,6 +114,7 @@ def make_plan(settings: Settings, *, rate: float | None = None) -> Plan:
         database_url=database_url,
         postgres=postgres,
         simulates=simulates,
+        has_dashboard=has_dashboard,
         environment=environment,
     )
 

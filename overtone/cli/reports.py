@@ -1,6 +1,7 @@
 """What `up` says: lines for people, or lines of JSON for programs."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -141,7 +142,7 @@ def print_addresses(console: Console, addresses: dict[str, str], source: str) ->
 def curl_line(api_url: str, header: str, key_file: Path) -> str:
     """A command that asks for a prediction and works when it is pasted into a shell."""
     return (
-        f"curl -s {api_url}/predict -H \"{header}: $(cat '{key_file}')\""
+        f'curl -s {api_url}/predict -H "{header}: $(cat {shlex.quote(str(key_file))})"'
         " -H 'Content-Type: application/json' -d '{\"text\": \"I love this\"}'"
     )
 

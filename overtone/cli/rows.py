@@ -5,7 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +45,8 @@ class RowFile:
         self.size = size
         """Bytes in all; None where that cannot be known."""
         self._raw = raw
+        # Bytes that are no UTF-8 become half surrogates, which the limits on texts then name row by row.
+        self._lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
         self._kind = kind
         self._column = column
 
@@ -53,14 +55,17 @@ class RowFile:
         """Bytes read so far."""
         return self._raw.tell() if self.size is not None else 0
 
+    def close(self) -> None:
+        """Close the input."""
+        self._lines.close()
+
     def rows(self) -> Iterator[Row]:
         """Every row, in order.
 
         Raises:
             InvalidInputError: the file has no such column.
         """
-        # Bytes that are no UTF-8 become half surrogates, which the limits on texts then name row by row.
-        lines = io.TextIOWrapper(self._raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        lines = self._lines
         if self._kind in {".csv", ".tsv"}:
             return _separated(lines, self._column, "\t" if self._kind == ".tsv" else ",")
         if self._kind in {".jsonl", ".ndjson"}:
@@ -87,8 +92,9 @@ def open_rows(source: str, column: str) -> Iterator[RowFile]:
         raw = path.open("rb")
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
-    with raw:
-        yield RowFile(raw, path.suffix.lower(), column, size=path.stat().st_size)
+    file = RowFile(raw, path.suffix.lower(), column, size=path.stat().st_size)
+    with closing(file):
+        yield file
 
 
 def find_end(path: Path) -> Begun:

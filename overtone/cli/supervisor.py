@@ -205,7 +205,7 @@ class Supervisor:
         try:
             self._await(database)
             self._await_driver(driver, "connect")
-            self._note("ray", f"dashboard http://{LOOPBACK}:{plan.ports.dashboard}", began, self._ray)
+            self._note("ray", self._ray_address(), began, self._ray)
             if plan.simulates and self._simulator is None:
                 self._simulator = simulator(plan)
             began = time.monotonic()
@@ -255,9 +255,15 @@ class Supervisor:
             "API": plan.api_url,
             "API docs": f"{plan.api_url}/docs",
             "API key": f"in {plan.key_file}",
-            "Ray": f"http://{LOOPBACK}:{plan.ports.dashboard} (it asks for the token in {plan.ray_token_file})",
+            "Ray": f"{self._ray_address()} (token in {plan.ray_token_file})",
             "Logs": f"{plan.logs}, {plan.folder / 'ray' / 'session_latest' / 'logs'}",
         }
+
+    def _ray_address(self) -> str:
+        ports = self._plan.ports
+        if self._plan.has_dashboard:
+            return f"http://{LOOPBACK}:{ports.dashboard}"
+        return f"{LOOPBACK}:{ports.gcs}, without dashboard"
 
     def _await_driver(self, driver: Driver, word: str) -> None:
         driver.await_answer(word, _DEPLOY_TIMEOUT_S, self._tick_start)

@@ -37,6 +37,7 @@ class UpOptions:
     rate: float | None = None
     """Posts a second of the simulator; None for the setting's."""
     as_json: bool = False
+    has_dashboard: bool = True
 
 
 def up(settings: Settings, options: UpOptions, console: Console) -> int:
@@ -86,7 +87,9 @@ def up_detached(settings: Settings, arguments: list[str], console: Console, *, a
 
 
 def _run(settings: Settings, options: UpOptions, folder: RunFolder, report: Report, stop_asked: threading.Event) -> int:
-    supervisor = Supervisor(make_plan(settings, rate=options.rate), folder, report, stop_asked)
+    supervisor = Supervisor(
+        make_plan(settings, rate=options.rate, has_dashboard=options.has_dashboard), folder, report, stop_asked
+    )
     began = time.monotonic()
     totals = None
     try:
