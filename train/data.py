@@ -1,6 +1,7 @@
 """Labelled texts: read from a file, checked, normalised, encoded and cut into batches. No torch in here."""
 
 import csv
+import hashlib
 import random
 import re
 from collections import Counter
@@ -26,6 +27,8 @@ class LabelledTexts:
     texts: tuple[str, ...]
     labels: NDArray[np.int64]
     """Shape [texts]."""
+    sha256: str = ""
+    """Of the file they were read from."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -51,7 +54,7 @@ def read_split(train: Path, validation: Path, names: Sequence[str]) -> Split:
     rows = read_labelled(train, names)
     known = set(held_out.texts)
     keep = [index for index, text in enumerate(rows.texts) if text not in known]
-    kept = LabelledTexts(tuple(rows.texts[index] for index in keep), rows.labels[keep])
+    kept = LabelledTexts(tuple(rows.texts[index] for index in keep), rows.labels[keep], rows.sha256)
     missing = [name for index, name in enumerate(names) if index not in kept.labels]
     if missing:
         raise DataError(f"{train}: no training row is left with label {', '.join(missing)}; every label needs some")
@@ -65,7 +68,8 @@ def read_labelled(path: Path, names: Sequence[str]) -> LabelledTexts:
         DataError: naming the file and the first lines that are wrong: not UTF-8, a missing column, a label that is
             not in `names`, an empty text; or that the file holds no rows or a single class. Never the text itself.
     """
-    lines = _read_lines(path)
+    raw = _read_bytes(path)
+    lines = _decode(path, raw)
     header = lines[0].split("\t") if lines else []
     absent = [column for column in ("label", "text") if column not in header]
     if absent:
@@ -87,14 +91,17 @@ def read_labelled(path: Path, names: Sequence[str]) -> LabelledTexts:
     if problems:
         raise DataError(_report(path, problems))
     _require_classes(path, Counter(labels))
-    return LabelledTexts(tuple(texts), np.asarray(labels, dtype=np.int64))
+    return LabelledTexts(tuple(texts), np.asarray(labels, dtype=np.int64), hashlib.sha256(raw).hexdigest())
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_bytes(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({type(error).__name__})") from None
+
+
+def _decode(path: Path, raw: bytes) -> list[str]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -65,7 +65,9 @@ def open_classifier(config: ModelConfig, labels: Sequence[str], *, attention: st
     Raises:
         ConfigurationError: the encoder cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
+
+    from train.pooling import classifier_class
 
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     folder = locate(config.name)
@@ -76,10 +78,11 @@ def open_classifier(config: ModelConfig, labels: Sequence[str], *, attention: st
             id2label=dict(enumerate(labels)),
             label2id={name: index for index, name in enumerate(labels)},
         )
+        shape.pooling = config.pooling
         for name, value in _dropouts(config).items():
             if hasattr(shape, name):
                 setattr(shape, name, value)
-        return AutoModelForSequenceClassification.from_pretrained(
+        return classifier_class(shape).from_pretrained(
             folder,
             config=shape,
             attn_implementation=attention,
@@ -87,6 +90,18 @@ def open_classifier(config: ModelConfig, labels: Sequence[str], *, attention: st
         )
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"model.name={config.name}: the encoder cannot be read: {error}") from None
+
+
+def open_trained(weights: Path) -> tuple[Any, Any]:
+    """The model of the folder `weights`, ready to be traced for export, and its tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from train.pooling import classifier_class
+
+    shape = AutoConfig.from_pretrained(weights)
+    # The fusions of the export know attention that is written out, not the fused kernel of torch.
+    model = classifier_class(shape).from_pretrained(weights, config=shape, attn_implementation="eager")
+    return model.eval(), AutoTokenizer.from_pretrained(weights)
 
 
 def _dropouts(config: ModelConfig) -> dict[str, float]:

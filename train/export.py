@@ -29,8 +29,8 @@ from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.errors import BundleError, OvertoneError
 from overtone.logging import get_logger
 from train.config import TrainConfig
-from train.data import LabelledTexts, pad
-from train.encoder import encoder_of
+from train.data import LabelledTexts, Split, log_prior, pad
+from train.encoder import encoder_of, open_trained
 from train.scores import Scores, fit_temperature, score, softmax
 
 CARD_FILE = "README.md"
@@ -50,9 +50,7 @@ class Exported:
     """Of the same model in fp32."""
 
 
-def export_bundle(
-    weights: Path, output: Path, config: TrainConfig, validation: LabelledTexts, facts: Mapping[str, Any]
-) -> Exported:
+def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split, facts: Mapping[str, Any]) -> Exported:
     """Make the folder `output` a bundle of the model in `weights`.
 
     `facts` is recorded in the manifest beside the metrics. An older bundle in `output` is replaced once the new one is
@@ -63,8 +61,10 @@ def export_bundle(
             costs more than `export.max_int8_loss`.
     """
     log = get_logger()
+    validation = split.validation
     with tempfile.TemporaryDirectory(prefix="overtone-") as scratch:
-        model, tokenizer = _open_trained(weights)
+        model, tokenizer = open_trained(weights)
+        _offset_prior(model, split.train, config)
         plain, fused, small = (Path(scratch) / name for name in ("plain.onnx", "fused.onnx", "int8.onnx"))
         _to_onnx(model, plain)
         _fuse(plain, fused, model.config)
@@ -92,12 +92,16 @@ def log_scores(bundle: Bundle, texts: Sequence[str]) -> NDArray[np.float32]:
     return np.log(np.maximum(scores, np.finfo(np.float32).tiny))
 
 
-def _open_trained(weights: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _offset_prior(model: Any, train: LabelledTexts, config: TrainConfig) -> None:
+    """Take the log class prior, times `export.prior_offset`, off the logits by way of the last layer's bias."""
+    import torch
 
-    # The fusions know the attention that is written out, not the fused kernel of torch.
-    model = AutoModelForSequenceClassification.from_pretrained(weights, attn_implementation="eager").eval()
-    return model, AutoTokenizer.from_pretrained(weights)
+    if not config.export.prior_offset:
+        return
+    last = [part for part in model.modules() if isinstance(part, torch.nn.Linear)][-1]
+    shift = config.export.prior_offset * log_prior(train.labels, len(config.data.labels))
+    with torch.no_grad():
+        last.bias.sub_(torch.from_numpy(shift))
 
 
 def _to_onnx(model: Any, target: Path) -> None:

@@ -31,8 +31,8 @@ def make_loss(config: OptimiserConfig, log_prior: Tensor) -> Callable[[Tensor, T
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
     """Parameters of `model` grouped by depth and by weight decay.
 
-    The head, and whatever lies in no numbered layer, learns at the full rate; the topmost layer at `layer_decay` of
-    it, and so on down to the embeddings. Biases and normalisation weights are not decayed.
+    The head, and whatever lies in no numbered layer, learns at the rate of the head; the topmost layer at `layer_decay`
+    of the full rate, and so on down to the embeddings. Biases and normalisation weights are not decayed.
     """
     layers = 1 + max(
         (int(found[1]) for name, _ in model.named_parameters() if (found := _LAYER.search(name))), default=-1
@@ -41,10 +41,11 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict[str
     for name, parameter in model.named_parameters():
         key = _depth(name, layers), _UNDECAYED.search(name) is None
         groups.setdefault(key, []).append(parameter)
+    head = config.head_learning_rate or config.learning_rate
     return [
         {
             "params": parameters,
-            "lr": config.learning_rate * config.layer_decay**depth,
+            "lr": config.learning_rate * config.layer_decay**depth if depth else head,
             "weight_decay": config.weight_decay if decayed else 0.0,
         }
         for (depth, decayed), parameters in groups.items()

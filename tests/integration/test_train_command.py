@@ -60,7 +60,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_texts(folder / "validation.tsv", 60, seed=2)
     config = {
         "name": "moods",
-        "model": {"name": str(folder / "encoder"), "max_length": 32, "dropout": 0.0, "precision": "fp32"},
+        "model": {
+            "name": str(folder / "encoder"),
+            "max_length": 32,
+            "dropout": 0.0,
+            "precision": "fp32",
+            "pooling": "mean",
+        },
         "optimiser": {
             "epochs": 3,
             "batch_size": 16,

@@ -27,14 +27,14 @@ def rate_of(groups: list[dict[str, object]], wanted: nn.Parameter) -> tuple[floa
 
 def test_every_parameter_is_in_one_group_with_its_rate() -> None:
     model = TinyEncoder()
-    config = OptimiserConfig(learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    config = OptimiserConfig(learning_rate=1.0, head_learning_rate=0.9, layer_decay=0.5, weight_decay=0.1)
     groups = parameter_groups(model, config)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    assert rate_of(groups, model.classifier.weight) == (1.0, 0.1)
+    assert rate_of(groups, model.classifier.weight) == (0.9, 0.1)
     assert rate_of(groups, model.encoder.layer[1].weight) == (0.5, 0.1)
     assert rate_of(groups, model.encoder.layer[0].bias) == (0.25, 0.0)
     assert rate_of(groups, model.embeddings.weight) == (0.125, 0.1)
-    assert rate_of(groups, model.LayerNorm.weight) == (1.0, 0.0)
+    assert rate_of(groups, model.LayerNorm.weight) == (0.9, 0.0)
 
 
 def test_the_prior_is_in_the_loss_alone() -> None:

@@ -1,0 +1,54 @@
+"""The end of a run: export the weights, write the model card, show the figures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from train.config import TrainConfig
+from train.data import LabelledTexts, Split
+from train.export import CARD_FILE, Exported, export_bundle
+
+
+def publish(
+    weights: Path,
+    output: Path,
+    config: TrainConfig,
+    split: Split,
+    training: Mapping[str, Any],
+    command: str,
+    console: Console,
+) -> Exported:
+    """Make `output` the bundle and card of the model in `weights`; `training` and `command` are recorded in them.
+
+    Raises:
+        OvertoneError: see `export_bundle`.
+    """
+    from train.card import render
+    from train.evaluate import show
+
+    facts = {
+        "data": {
+            "train": _counts(split.train, config),
+            "validation": _counts(split.validation, config),
+            "leaked": split.leaked,
+            "train_sha256": split.train.sha256,
+            "validation_sha256": split.validation.sha256,
+        },
+        "training": {
+            **training,
+            "config": config.model_dump(mode="json", include={"model", "data", "optimiser", "export"}),
+        },
+    }
+    exported = export_bundle(weights, output, config, split, facts)
+    (output / CARD_FILE).write_text(render(exported, config, command), encoding="utf-8")
+    show(console, exported.scores, f"{exported.bundle.version} on validation")
+    console.print(f"bundle written to {output}")
+    return exported
+
+
+def _counts(texts: LabelledTexts, config: TrainConfig) -> dict[str, int]:
+    counts = np.bincount(texts.labels, minlength=len(config.data.labels))
+    return dict(zip(config.data.labels, counts.tolist(), strict=True))
