@@ -1,7 +1,6 @@
 """A server of the benchmark's own: `overtone up` in a home that is thrown away after, on a port of its own."""
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from benchmarks.load import Target
 from overtone.errors import UnavailableError
 from overtone.settings import Settings, environment_for
 
-# One post in a quarter of an hour: the stack is whole, as users run it, and the ingest actor leaves the cores alone.
-_SIMULATOR_RATE = "0.001"
+# One post in two minutes: the stack is whole, as users run it, and the ingest actor leaves the cores alone.
+_SIMULATOR_RATE = "0.01"
 _START_S = 240
 _STOP_S = 120
 
@@ -57,19 +56,26 @@ def _environment(settings: Settings, home: Path, port: int) -> dict[str, str]:
 
 
 def _command(arguments: list[str], environment: dict[str, str], home: Path, timeout_s: float) -> None:
-    # In the new home, where there is no `.env` of the user's.
-    result = subprocess.run(
-        [sys.executable, "-m", "overtone.cli", *arguments],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    if result.returncode:
-        said = (result.stderr.strip() or result.stdout.strip())[-2000:]
-        raise UnavailableError(f"`overtone {' '.join(arguments)}` ended with {result.returncode}:{os.linesep}{said}")
+    # To a file: a pipe would stay open for as long as anything that the command leaves running.
+    said = home / "benchmark.log"
+    try:
+        with said.open("wb") as log:
+            status = subprocess.run(
+                [sys.executable, "-m", "overtone.cli", *arguments],
+                env=environment,
+                cwd=home,  # where there is no `.env` of the user's
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                timeout=timeout_s,
+                check=False,
+            ).returncode
+    except subprocess.TimeoutExpired:
+        status = -1
+    if status:
+        reason = f"ended with {status}" if status > 0 else f"was not done after {timeout_s:.0f} s"
+        words = said.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+        raise UnavailableError(f"`overtone {' '.join(arguments)}` {reason}:\n{words}")
 
 
 def _await_ready(url: str) -> None:
