@@ -1,6 +1,7 @@
 """The Serve application: `serve run serve.app:build`, or `deploy` from Python."""
 
 import os
+from hashlib import sha256
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -8,6 +9,7 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
+from overtone import __version__
 from overtone.settings import load_settings
 from serve.batcher import Limits
 from serve.environment import APPLICATION, ROUTE_PREFIX
@@ -60,8 +62,18 @@ def build(args: ServeArgs) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=20,
         logging_config=LoggingConfig(enable_access_log=False, encoding="JSON"),
+        # Serve makes up a new version at every `serve.run`, which restarts every replica even when nothing but
+        # `user_config` was changed. It takes a version of ours only as an internal option.
+        version=_version(options, variables),
+        _internal=True,
     ).bind(options)
     return application
+
+
+def _version(options: ReplicaOptions, variables: dict[str, str]) -> str:
+    """Changes with all that a running replica cannot take in."""
+    fixed = f"{__version__} {options.model_dump_json()} {sorted(variables.items())}"
+    return sha256(fixed.encode()).hexdigest()[:16]
 
 
 def deploy(args: ServeArgs, *, host: str, port: int) -> None:

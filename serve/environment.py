@@ -3,7 +3,8 @@
 Ray Serve's HAProxy mode is made for clusters of many nodes and opens its statistics and metrics pages on every network
 interface, with an admin socket that every user of the machine may write to. Here HAProxy is started through a small
 script, written into a folder of the stack's own, that moves the pages to sockets in that folder, closes the admin
-socket to other users and ends HAProxy when the Ray process that started it ends.
+socket to other users, has HAProxy wait for the whole of a request that fits its buffer before it chooses a replica (it
+can repeat only those) and ends HAProxy when the Ray process that started it ends.
 
 Knows nothing of running Ray: it imports no Ray, starts nothing and stops nothing.
 """
@@ -47,6 +48,8 @@ if [ -n "$config" ]; then
         -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\
         -e '/^ *log [^ ]* local0 info$/d' \\
+        -e '/^defaults$/a\\
+    option http-buffer-request' \\
         "$config" >"$config.closed.$$"
     cat "$config.closed.$$" >"$config"
     rm -f "$config.closed.$$"
@@ -155,7 +158,7 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
         "HEALTH_CHECK_INTER": "1s",
         "HARD_STOP_AFTER_S": "60",
         # Classifying twice does no harm, so a request that a dying replica left without an answer goes to another
-        # one, if it is small enough to be kept (TUNE_BUFSIZE).
+        # one, if HAProxy has it whole (`http-buffer-request` in the script, TUNE_BUFSIZE).
         "RETRY_ON": "conn-failure empty-response",
         "TUNE_BUFSIZE": "65536",
     }

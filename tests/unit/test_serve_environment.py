@@ -1,5 +1,6 @@
 """The environment of Ray and the script that starts HAProxy."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_the_script_closes_what_ray_leaves_open(folder: Path, tmp_path: Path) ->
     ]
     assert "mode 666" not in config.read_text()
     assert "514" not in config.read_text()
+    assert re.search(r"^defaults\n *option http-buffer-request$", config.read_text(), re.MULTILINE)
     assert script.stat().st_mode & 0o777 == 0o700
 
 
