@@ -80,7 +80,12 @@ def up(
         float | None,
         typer.Option(min=0.01, max=10_000, help="Posts a second of the simulator [default: SIMULATOR_RATE]."),
     ] = None,
-    dashboard: Annotated[bool, typer.Option(help="Run Ray's dashboard: ten more processes, some 500 MB.")] = True,
+    dashboard: Annotated[
+        bool | None,
+        typer.Option(
+            help="Run Ray's dashboard, which is ten more processes [default: on machines with 4 cores or more]."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Start everything: database, Ray, the API, the source of posts, the ingestion. Ctrl-C stops all of it."""
@@ -92,7 +97,7 @@ def up(
     settings = _settings()
     if detach:
         arguments = [*(["--for", for_] if for_ else []), *(["--rate", str(rate)] if rate else [])]
-        arguments += [] if dashboard else ["--no-dashboard"]
+        arguments += [] if dashboard is None else ["--dashboard" if dashboard else "--no-dashboard"]
         return up_detached(settings, arguments, Console(), as_json=as_json)
     return run_up(settings, UpOptions(seconds, rate, as_json, dashboard), Console())
 

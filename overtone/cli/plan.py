@@ -1,5 +1,6 @@
 """What a run of the stack will look like, decided before anything is started: addresses, ports, environment."""
 
+import os
 import secrets
 import socket
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from serve.environment import is_loopback, runtime_folder, serve_environment
 
 LOOPBACK = "127.0.0.1"
 DASHBOARD_PORT = 8265
+_DASHBOARD_CORES = 4
+"""With fewer, the dashboard would take longer to start than everything else together."""
 _SIMULATOR_TOKEN = "simulator"
 _ANY_ADDRESS = {"0.0.0.0": LOOPBACK, "::": "::1"}
 
@@ -86,7 +89,7 @@ class Plan:
         return {**self.environment, MARK: mark_of(self.home, self.run_id, part)}
 
 
-def make_plan(settings: Settings, *, rate: float | None = None, has_dashboard: bool = True) -> Plan:
+def make_plan(settings: Settings, *, rate: float | None = None, has_dashboard: bool | None = None) -> Plan:
     """Decide everything for one run of the stack.
 
     Raises:
@@ -114,7 +117,7 @@ def make_plan(settings: Settings, *, rate: float | None = None, has_dashboard: b
         database_url=database_url,
         postgres=postgres,
         simulates=simulates,
-        has_dashboard=has_dashboard,
+        has_dashboard=(os.cpu_count() or 1) >= _DASHBOARD_CORES if has_dashboard is None else has_dashboard,
         environment=environment,
     )
 

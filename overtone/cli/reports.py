@@ -9,7 +9,6 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from overtone.cli.durations import in_words
@@ -103,7 +102,7 @@ class TextReport:
             self._live.update(Group(Text(line), Text("  Ctrl-C stops everything.", style="dim")))
             return
         if self._looks % _PLAIN_EVERY == 0:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
         self._looks += 1
 
     def event(self, name: str, message: str) -> None:
@@ -124,11 +123,10 @@ class TextReport:
 
 
 def print_addresses(console: Console, addresses: dict[str, str], source: str) -> None:
-    """The addresses as a table, and where posts come from."""
-    table = Table.grid(padding=(0, 2))
+    """The addresses, one a line, and where posts come from."""
     for title, address in addresses.items():
-        table.add_row(Text(f" {title}", style="bold"), Text(address, overflow="fold"))
-    console.print(table, soft_wrap=True)
+        # Never folded: these lines are there to be copied.
+        console.print(f" [bold]{title:<9}[/] {escape(address)}", soft_wrap=True, highlight=False)
     if source == "simulator":
         console.print(
             "\n [bold yellow]Posts come from the built-in simulator, not from X.[/] "

@@ -37,7 +37,8 @@ class UpOptions:
     rate: float | None = None
     """Posts a second of the simulator; None for the setting's."""
     as_json: bool = False
-    has_dashboard: bool = True
+    has_dashboard: bool | None = None
+    """Whether to run Ray's dashboard; None to decide by the number of cores."""
 
 
 def up(settings: Settings, options: UpOptions, console: Console) -> int:
