@@ -93,27 +93,28 @@ class EmbeddedPostgres:
         server = self._running_server()
         return server is not None and self._is_ready(server.pid)
 
-    def start(self, timeout_s: float = 60.0) -> str:
+    def start(self, timeout_s: float = 120.0) -> str:
         """Run the server and return its address; at once if this object's server is running already.
 
-        A first start makes the data folder. A server left by a process that died, and what is left of a server that
-        was killed, is stopped first.
+        A first start makes the data folder. `timeout_s` is for the server to become ready, which after a crash
+        includes reading its log of changes again. A server left by a process that died, and what is left of a server
+        that was killed, is stopped first.
 
         Raises:
             EnvironmentProblemError: the server cannot run here; the message says why and what to do.
         """
         with self._lock:
             if self._child is None or self._child.poll() is not None:
-                self._start(time.monotonic() + timeout_s)
+                self._start(timeout_s)
             return self.url
 
-    def restart_if_dead(self, timeout_s: float = 60.0) -> bool:
+    def restart_if_dead(self, timeout_s: float = 120.0) -> bool:
         """Start the server again if it has died since `start`; whether that was so. For a loop that watches it."""
         with self._lock:
             if self._child is None or self._child.poll() is None:
                 return False
             _log.warning("postgres.died", exit_status=self._child.returncode)
-            self._start(time.monotonic() + timeout_s)
+            self._start(timeout_s)
             return True
 
     def stop(self, timeout_s: float = 20.0) -> None:
@@ -122,7 +123,7 @@ class EmbeddedPostgres:
             self._stop_all(timeout_s)
             self._child = None
 
-    def _start(self, deadline: float) -> None:
+    def _start(self, timeout_s: float) -> None:
         binaries = find_binaries()
         account = server_account(self._data)
         if account:
@@ -134,7 +135,11 @@ class EmbeddedPostgres:
         self._make_socket_folder(account)
         self._rotate_log()
         self._launch(binaries, account)
-        self._await_ready(deadline)
+        try:
+            self._await_ready(time.monotonic() + timeout_s)
+        except BaseException:
+            self._stop_all(10.0)
+            raise
         _log.info("postgres.started", pid=self.pid, data_dir=str(self._data))
 
     def _make_data(self, binaries: Path, account: Account | None) -> None:
@@ -148,7 +153,7 @@ class EmbeddedPostgres:
         give(staging, account)
         command = [binaries / "initdb", "-D", staging, "-U", USER, "--encoding=UTF8", "--auth-local=trust"]
         command += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C", "--auth-host=reject"]
-        command += [] if self._durable else ["--no-sync"]
+        command += [] if self._durable else ["--no-sync", "--wal-segsize=1"]
         _run(command, account, "initdb")
         single = [binaries / "postgres", "--single", "-D", staging, "-F", "template1"]
         _run(single, account, "create database", f"CREATE DATABASE {DATABASE}\n".encode())
