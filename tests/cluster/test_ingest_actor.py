@@ -1,18 +1,25 @@
 """The ingestion as a detached actor on a real Ray: it starts by itself, and again after it is killed."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 from aiohttp import web
 
-from ingest.actor import find_actor, start_actor
+from ingest.actor import NAMESPACE, find_actor, start_actor
 from ingest.options import IngestOptions, RepairOptions
 from ingest.simulator import SimulatorOptions, start_simulator
 from overtone.db import Database
@@ -57,20 +64,56 @@ async def surroundings(fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def ray_here(surroundings: str) -> Iterator[Any]:
     """A Ray of this test alone, started in the environment that `surroundings` prepared."""
-    import ray
-
     folder = tempfile.mkdtemp(prefix="ovt-ray-", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        _temp_dir=folder,
-        log_to_driver=False,
-        logging_level="ERROR",
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"start --head --block --disable-usage-stats --include-dashboard=false --num-cpus=1 --port={port}"
+    head = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            *command.split(),
+            "--node-ip-address=127.0.0.1",
+            f"--temp-dir={folder}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    yield ray
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield connected_ray(f"127.0.0.1:{port}")
+        ray.shutdown()
+    finally:
+        stop_whole(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def connected_ray(address: str) -> Any:
+    """Ray's module, once the head that is starting at `address` lets it in."""
+    end = time.monotonic() + 90
+    while True:
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            return ray
+        except (ConnectionError, RuntimeError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def stop_whole(head: subprocess.Popen[bytes]) -> None:
+    """Stop the head and every process it started."""
+    family = psutil.Process(head.pid).children(recursive=True)
+    head.terminate()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.wait(10)
+    head.kill()
+    head.wait()
 
 
 async def eventually(holds: Callable[[], Any], within_s: float = 60.0) -> None:
