@@ -131,6 +131,20 @@ def test_texts_in_a_bundle_out(workshop: Path) -> None:
     assert found["model_version"] == bundle.version
     assert found["macro_recall"] == pytest.approx(bundle.metrics["validation"]["macro_recall"])
 
+    weights = sorted(str(folder) for folder in (workshop / "runs").rglob("weights"))
+    assert len(weights) == 2, "the best checkpoint and the last are kept"
+    data = ["--train", str(workshop / "train.tsv"), "--validation", str(workshop / "validation.tsv")]
+    extra = ["--output", str(workshop / "mean"), "--set", "export.prior_offset=0.5"]
+    averaged = subprocess.run(
+        [sys.executable, "-m", "train.average", "--config", str(workshop / "moods.yaml"), *data, *extra, *weights],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert averaged.returncode == 0, averaged.stderr[-3000:]
+    assert load_bundle(workshop / "mean").metrics["validation"]["macro_recall"] > 0.9
+
     again = run_train(workshop)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "step 38/" not in again.stderr, "a finished run was trained again"
