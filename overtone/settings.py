@@ -79,9 +79,12 @@ class Settings(BaseSettings):
     mlflow_experiment_name: str = Field(
         "overtone", min_length=1, max_length=200, description="MLflow experiment. 1 to 200 characters."
     )
-    wandb_api_key: SecretStr | None = Field(None, description="Weights & Biases key. Unset: runs are not sent there.")
+    wandb_api_key: SecretStr | None = Field(None, description="Weights & Biases key. Checked; reserved, not used yet.")
     wandb_project: str = Field(
-        "overtone", min_length=1, max_length=128, description="Weights & Biases project. 1 to 128 characters."
+        "overtone",
+        min_length=1,
+        max_length=128,
+        description="Weights & Biases project. 1 to 128 characters. Checked; reserved, not used yet.",
     )
 
     # --- training; a value set here wins over the same value of the YAML file
