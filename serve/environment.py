@@ -89,6 +89,8 @@ def serve_environment(
         # HAProxy looks at a replica every second (below), and sends a refused request to another one.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # 15 by default: replicas would get what other programs of the machine leave.
+        "RAY_worker_niceness": "0",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -163,9 +165,13 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
         "TUNE_BUFSIZE": "65536",
     }
     variables = {f"RAY_SERVE_HAPROXY_{name}": value for name, value in prefixed.items()}
-    # Ray's Python proxy stands by for the time when no replica is up.
-    stand_by = {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port())}
-    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **stand_by, **variables}
+    # The fallback is Ray's Python proxy, which stands by for the time when no replica is up.
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.shortcut:middlewares",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        **variables,
+    }
 
 
 def _python_proxy() -> dict[str, str]:

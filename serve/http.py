@@ -30,7 +30,7 @@ from overtone.bundle import Bundle
 from overtone.logging import get_logger
 from serve import bodies
 from serve.auth import Identity, KeyRing
-from serve.classifier import INTERACTIVE_TEXTS, Classifier, Scores
+from serve.classifier import INTERACTIVE_TEXTS, Answer, Classifier, Scores
 from serve.files import file_response
 from serve.openapi import ROUTES, describe
 
@@ -56,6 +56,9 @@ STATUS: Mapping[type[errors.OvertoneError], int] = {
 _JSON = "application/json"
 _PROBLEM_JSON = "application/problem+json"
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+HOT_ROUTES = {("POST", "/predict"): "predict", ("POST", "/predict/batch"): "predict_batch"}
+"""The routes that skip the framework, and their handlers."""
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -88,10 +91,7 @@ def create_app(service: Service) -> ASGIApp:
     """The whole API over `service`."""
     routes = _Routes(service)
     framework = _framework(service, routes)
-    hot: dict[tuple[str, str], Handler] = {
-        ("POST", "/predict"): routes.predict,
-        ("POST", "/predict/batch"): routes.predict_batch,
-    }
+    hot: dict[tuple[str, str], Handler] = {route: getattr(routes, name) for route, name in HOT_ROUTES.items()}
     app: ASGIApp = _Dispatch(framework, hot)
     if service.cors_origins:
         app = CORSMiddleware(
@@ -171,8 +171,7 @@ class _Routes:
     async def predict(self, request: Request) -> Response:
         await self._authorise(request, "predict")
         text = bodies.text_of(await bodies.read_json(request))
-        service = self._service
-        answer = await service.classifier.classify([text], deadline_s=service.interactive_deadline_s)
+        answer = await self._classify(request, [text], self._service.interactive_deadline_s)
         row = answer.rows[0]
         if isinstance(row, Exception):
             raise row
@@ -184,7 +183,7 @@ class _Routes:
         service = self._service
         is_bulk = len(texts) > INTERACTIVE_TEXTS
         deadline_s = service.bulk_deadline_s if is_bulk else service.interactive_deadline_s
-        answer = await service.classifier.classify(texts, deadline_s=deadline_s)
+        answer = await self._classify(request, texts, deadline_s)
         predictions = [
             {"error": problem(request, row)} if isinstance(row, Exception) else _prediction(answer.bundle, row)
             for row in answer.rows
@@ -249,6 +248,21 @@ class _Routes:
     async def static(self, request: Request) -> Response:
         return file_response(request.path_params["path"])
 
+    async def _classify(self, request: Request, texts: list[str], deadline_s: float) -> Answer:
+        """Classify for as long as the client is there; its body has been read."""
+        current = asyncio.current_task()
+        assert current is not None
+        watch = asyncio.get_running_loop().create_task(_cancel_when_left(request.receive, current))
+        try:
+            return await self._service.classifier.classify(texts, deadline_s=deadline_s)
+        except asyncio.CancelledError:
+            if not watch.done() or watch.cancelled():
+                raise
+            current.uncancel()
+            raise ClientDisconnect from None
+        finally:
+            watch.cancel()
+
     async def _authorise(self, request: Request, scope: str) -> Identity:
         return await self._service.keys.check(self._secret(request), scope)
 
@@ -264,6 +278,12 @@ class _Routes:
             elif name == b"cookie":
                 has_cookie = True
         return bearer or (request.cookies.get(SESSION_COOKIE) if has_cookie else None)
+
+
+async def _cancel_when_left(receive: Receive, task: "asyncio.Task[Any]") -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    task.cancel()
 
 
 def problem(request: Request, error: Exception) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from asyncio import Task, get_running_loop
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from serve.batcher import Limits
 from serve.classifier import Classifier
 from serve.environment import DEPLOYMENT, is_loopback
 from serve.http import Service, create_app
+from serve.shortcut import Shortcut
 from serve.store import Store
 
 
@@ -72,6 +74,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Serve listens with."""
+        Shortcut.open(create_app(replace(self._service, sends_request_id=True)))
         return create_app(self._service)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:

@@ -469,3 +469,32 @@ def test_the_engine_of_the_tests_is_an_engine(tiny_bundle: Bundle) -> None:
     engine: Engine = PickyEngine(tiny_bundle, 1)
 
     assert engine.classify([[0, 1]]).shape == (1, len(tiny_bundle.labels))
+
+
+async def test_texts_of_a_client_that_left_are_given_up(tiny_bundle: Bundle) -> None:
+    api = await opened(tiny_bundle)
+    sent: list[Any] = []
+    messages = [
+        {"type": "http.request", "body": orjson.dumps({"texts": ["love"] * 10_000}), "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/predict/batch",
+        "headers": [(b"content-type", b"application/json"), (b"x-api-key", SECRET.encode())],
+    }
+
+    async def receive() -> Any:
+        if len(messages) == 1:
+            while not api.service.classifier.waiting:  # noqa: ASYNC110  (state of the code under test)
+                await asyncio.sleep(0)
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await asyncio.wait_for(create_app(api.service)(scope, receive, send), 10)  # type: ignore[arg-type]
+
+    assert sent == []
+    assert api.service.classifier.waiting == 0
