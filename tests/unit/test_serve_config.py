@@ -1,0 +1,39 @@
+"""The Serve configuration file says what the code takes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from serve.environment import APPLICATION, DEPLOYMENT, ROUTE_PREFIX
+
+# What importing Ray Serve warns of is Ray's business.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+CONFIG = yaml.safe_load((Path(__file__).parents[2] / "configs" / "serve" / "app.yaml").read_text())
+
+
+def test_the_file_names_the_application_and_its_deployment() -> None:
+    [application] = CONFIG["applications"]
+
+    assert (application["name"], application["route_prefix"]) == (APPLICATION, ROUTE_PREFIX)
+    assert [item["name"] for item in application["deployments"]] == [DEPLOYMENT]
+
+
+def test_its_values_are_the_defaults_and_are_taken() -> None:
+    from serve.app import ServeArgs
+    from serve.replica import LiveOptions
+
+    [application] = CONFIG["applications"]
+    assert ServeArgs(**application["args"]) == ServeArgs()
+    assert LiveOptions(**application["deployments"][0]["user_config"]) == LiveOptions()
+
+
+def test_wrong_arguments_are_refused_by_name() -> None:
+    from serve.app import ServeArgs
+
+    with pytest.raises(ValidationError, match="budget_tokens"):
+        ServeArgs(budget_tokens="many")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="budget"):
+        ServeArgs(budget=1)  # type: ignore[call-arg]
