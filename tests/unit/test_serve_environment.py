@@ -1,7 +1,9 @@
 """The environment of Ray and the script that starts HAProxy."""
 
 import re
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +29,11 @@ listen stats
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Iterator[Path]:
     # Sockets need a short path, which the folder pytest gives is not.
-    return runtime_folder(tmp_path)
+    folder = runtime_folder(tmp_path)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_haproxy_mode_and_the_optimised_mode_go_together(folder: Path) -> None:
