@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests that need one, started when the first of them asks."""
+"""What every suite shares: a real PostgreSQL, started when the first test asks for one, and a patient hypothesis."""
 
 import asyncio
 import itertools
@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from overtone.db import Database
 from overtone.db.embedded import EmbeddedPostgres
@@ -21,6 +22,10 @@ from overtone.db.migrate import upgrade
 _PREFIX = "overtone-test-"
 _TEMPLATE = "overtone_template"
 _numbers = itertools.count()
+
+# How fast this machine is says nothing about the code.
+settings.register_profile("overtone", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("overtone")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,62 @@
+"""The whole product, started as a user starts it in the background."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overtone.cli.plan import free_ports
+
+
+@dataclass
+class RunningStack:
+    """Where a stack that is up can be found."""
+
+    api_url: str
+    sign_in_url: str
+
+
+@pytest.fixture
+def stack() -> Iterator[RunningStack]:
+    """A stack in a home of its own; it is stopped whole after the test."""
+    home = Path(tempfile.mkdtemp(prefix="overtone-e2e-", dir="/tmp"))
+    port = free_ports(1)[0]
+    unset = {"TWITTER_BEARER_TOKEN", "X_API_BASE_URL", "DATABASE_URL", "OVERTONE_API_KEY", "API_HOST"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"OVERTONE_HOME": str(home), "API_PORT": str(port)}
+
+    def overtone(*arguments: str) -> str:
+        command = [sys.executable, "-m", "overtone.cli", *arguments]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+        assert said.returncode == 0, said.stdout + said.stderr
+        return said.stdout
+
+    try:
+        overtone("up", "--detach", "--no-dashboard")
+        status: dict[str, Any] = json.loads(overtone("status", "--json", "--link"))
+        yield RunningStack(f"http://127.0.0.1:{port}", _link_in(status))
+    finally:
+        overtone("down")
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _link_in(status: dict[str, Any]) -> str:
+    links = [value for value in _strings(status) if "/sign-in?token=" in value]
+    assert len(links) == 1, status.keys()
+    return links[0]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
