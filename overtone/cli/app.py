@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from overtone import __version__
+
+if TYPE_CHECKING:
+    from overtone.cli.up import UpOptions
 
 app = typer.Typer(
     name="overtone",
@@ -80,12 +83,20 @@ def up(
         float | None,
         typer.Option(min=0.01, max=10_000, help="Posts a second of the simulator [default: SIMULATOR_RATE]."),
     ] = None,
+    ingest: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML options of the ingestion, its rules among them; may be repeated, a later file wins.",
+        ),
+    ] = None,
     dashboard: Annotated[
         bool | None,
         typer.Option(
             help="Run Ray's dashboard, which is ten more processes [default: on machines with 4 cores or more]."
         ),
     ] = None,
+    link: Annotated[bool, typer.Option(hidden=True)] = True,
     as_json: AsJson = False,
 ) -> int:
     """Start everything: database, Ray, the API, the source of posts, the ingestion. Ctrl-C stops all of it."""
@@ -93,13 +104,26 @@ def up(
     from overtone.cli.up import UpOptions, up_detached
     from overtone.cli.up import up as run_up
 
-    seconds = parse_duration(for_) if for_ else None
-    settings = _settings()
+    options = UpOptions(
+        seconds=parse_duration(for_) if for_ else None,
+        rate=rate,
+        as_json=as_json,
+        has_dashboard=dashboard,
+        ingest_files=tuple(ingest or ()),
+        shows_link=link,
+    )
     if detach:
-        arguments = [*(["--for", for_] if for_ else []), *(["--rate", str(rate)] if rate else [])]
-        arguments += [] if dashboard is None else ["--dashboard" if dashboard else "--no-dashboard"]
-        return up_detached(settings, arguments, Console(), as_json=as_json)
-    return run_up(settings, UpOptions(seconds, rate, as_json, dashboard), Console())
+        return up_detached(_settings(), _arguments(options, for_), Console(), as_json=as_json)
+    return run_up(_settings(), options, Console())
+
+
+def _arguments(options: "UpOptions", for_: str | None) -> list[str]:
+    arguments = ["--for", for_] if for_ else []
+    arguments += ["--rate", str(options.rate)] if options.rate else []
+    arguments += [part for path in options.ingest_files for part in ("--ingest", str(path))]
+    if options.has_dashboard is not None:
+        arguments += ["--dashboard" if options.has_dashboard else "--no-dashboard"]
+    return arguments
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from overtone.cli.exits import error_of
 from overtone.cli.plan import LOOPBACK, Plan
 from overtone.cli.processes import end
 from overtone.cli.state import ProcessRecord
@@ -76,6 +77,7 @@ class Driver(Child):
     def __init__(self, plan: Plan) -> None:
         address = f"{LOOPBACK}:{plan.ports.gcs}"
         command = [sys.executable, "-m", "overtone.cli.driver", address, str(plan.metrics)]
+        command += [str(path) for path in plan.ingest_files]
         super().__init__("driver", command, plan, pipes=True)
         self._answers: Queue[dict[str, Any]] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -91,7 +93,8 @@ class Driver(Child):
         """Wait until `word` is done; return the seconds it took.
 
         Raises:
-            UnavailableError: it failed, or took longer than `timeout_s`.
+            OvertoneError: it failed, for the reason the class says.
+            UnavailableError: it took longer than `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -103,7 +106,7 @@ class Driver(Child):
                 continue
             if answer.get("done") == word:
                 return float(answer["seconds"])
-            raise UnavailableError(f"{answer.get('failed', word)}: {answer.get('message')}{self._see_log()}")
+            raise error_of(str(answer.get("code")))(f"{answer.get('message')}{self._see_log()}")
         raise UnavailableError(f"{word}: not done after {timeout_s:.0f} s.{self._see_log()}")
 
     def close(self) -> None:
@@ -114,7 +117,7 @@ class Driver(Child):
         self.stop(0.0)
 
     def _see_log(self) -> str:
-        return f" More in {self.log_file}."
+        return f" (More in {self.log_file}.)"
 
     def _read(self) -> None:
         assert self._popen.stdout is not None
@@ -132,7 +135,7 @@ def ray_head(plan: Plan, cpus: int) -> Child:
         "dashboard-host": LOOPBACK,
         "dashboard-port": plan.ports.dashboard,
         "dashboard-agent-listen-port": plan.ports.agent,
-        "temp-dir": plan.folder / "ray",
+        "temp-dir": plan.ray_folder,
         "object-store-memory": _OBJECT_STORE_BYTES,
         "num-cpus": cpus,
         "include-dashboard": str(plan.has_dashboard).lower(),

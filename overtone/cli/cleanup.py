@@ -26,6 +26,11 @@ def embedded_postgres(home: Path) -> EmbeddedPostgres:
     return EmbeddedPostgres(home / "postgres", runtime_folder(home) / "pg")
 
 
+def ray_folder(home: Path) -> Path:
+    """Where Ray keeps the sessions of `home`."""
+    return runtime_folder(home) / "ray" / "t"
+
+
 def stop_home(home: Path, folder: RunFolder) -> list[int]:
     """Stop every process of every run in `home`; return the ids of those that could not be stopped.
 
@@ -39,7 +44,7 @@ def stop_home(home: Path, folder: RunFolder) -> list[int]:
     else:
         folder.forget()
         shutil.rmtree(folder.metrics, ignore_errors=True)
-        drop_old_sessions(runtime_folder(home) / "ray", keep=_KEPT_SESSIONS)
+        drop_old_sessions(ray_folder(home), keep=_KEPT_SESSIONS)
     return [process.pid for process in left]
 
 

@@ -1,9 +1,10 @@
-"""The one process that talks to Ray for the supervisor: `python -m overtone.cli.driver ADDRESS METRICS_FOLDER`.
+"""The one process that talks to Ray for the supervisor.
 
-It connects to the Ray instance at ADDRESS, then obeys one word a line on standard input (`serve`, `ingest`,
-`stop-ingest`) and answers each on standard output with a line of JSON: `{"done": WORD, "seconds": S}` or
-`{"failed": WORD, "code": CODE, "message": TEXT}`. The end of standard input ends it. A process of its own, because
-Ray installs signal handlers, starts threads and keeps 150 MB that a supervisor must not have.
+`python -m overtone.cli.driver ADDRESS METRICS_FOLDER [INGEST_FILE ...]` connects to the Ray instance at ADDRESS, then
+obeys one word a line on standard input (`serve`, `ingest`, `stop-ingest`) and answers each on standard output with a
+line of JSON: `{"done": WORD, "seconds": S}` or `{"failed": WORD, "code": CODE, "message": TEXT}`. The end of standard input
+ends it. A process of its own, because Ray installs signal handlers, starts threads and keeps 150 MB that a supervisor
+must not have.
 """
 
 import json
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from overtone.errors import OvertoneError, UnavailableError
+from overtone.errors import OvertoneError, StreamFatalError, UnavailableError
 from overtone.logging import configure, get_logger
 from overtone.settings import Settings, load_settings
 
 _CONNECT_TIMEOUT_S = 150.0
 _STOP_TIMEOUT_S = 15.0
+_FIRST_CONNECT_S = 10.0
+"""How long a start waits for the stream; it goes on trying after that."""
 
 _log = get_logger()
 
@@ -31,7 +34,7 @@ def main(arguments: list[str]) -> int:
     configure("driver", settings.log_level)
     commands: dict[str, Callable[[Settings], None]] = {
         "serve": lambda settings: _serve(settings, Path(arguments[1])),
-        "ingest": lambda settings: _ingest(settings, Path(arguments[1])),
+        "ingest": lambda settings: _ingest(settings, *map(Path, arguments[1:])),
         "stop-ingest": _stop_ingest,
     }
     if not _obey(answers, "connect", lambda _: _connect(arguments[0]), settings):
@@ -87,10 +90,22 @@ def _serve(settings: Settings, metrics: Path) -> None:
     deploy(ServeArgs(metrics_folder=str(metrics)), host=settings.api_host, port=settings.api_port)
 
 
-def _ingest(settings: Settings, metrics: Path) -> None:
-    from ingest.actor import start_actor
+def _ingest(settings: Settings, metrics: Path, *files: Path) -> None:
+    import ray
 
-    start_actor(settings, metrics_folder=metrics)
+    from ingest.actor import start_actor
+    from ingest.options import load_options
+
+    actor = start_actor(settings, load_options(files) if files else None, metrics_folder=metrics)
+    deadline = time.monotonic() + _FIRST_CONNECT_S
+    while time.monotonic() < deadline:
+        status = ray.get(actor.status.remote(), timeout=_CONNECT_TIMEOUT_S)
+        if status["connected"]:
+            return
+        if status["state"] == "stopped":
+            raise StreamFatalError(f"The ingestion has stopped: {status['last_error']}")
+        time.sleep(0.1)
+    _log.warning("ingest.not_connected_yet", reason=status["last_error"])
 
 
 def _stop_ingest(_settings: Settings) -> None:

@@ -35,6 +35,16 @@ def exit_code(error: BaseException) -> int:
     return 1
 
 
+def error_of(code: str) -> type[errors.OvertoneError]:
+    """The class of error with this code; the most general one for a code that is not known."""
+    waiting: list[type[errors.OvertoneError]] = [errors.OvertoneError]
+    for cls in waiting:
+        if cls.code == code:
+            return cls
+        waiting += cls.__subclasses__()
+    return errors.OvertoneError
+
+
 def tell(error: BaseException, console: Console, *, with_trace: bool) -> int:
     """Say on `console` what went wrong and return the exit code."""
     if with_trace:

@@ -3,12 +3,14 @@
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from overtone.cli.cleanup import embedded_postgres
+from ingest.options import load_options
+from overtone.cli.cleanup import embedded_postgres, ray_folder
 from overtone.cli.processes import MARK, mark_of
 from overtone.db.embedded import EmbeddedPostgres
 from overtone.errors import EnvironmentProblemError
@@ -19,6 +21,8 @@ LOOPBACK = "127.0.0.1"
 DASHBOARD_PORT = 8265
 _DASHBOARD_CORES = 4
 """With fewer, the dashboard would take longer to start than everything else together."""
+_RULES = Path("configs/ingest/rules.yaml")
+"""Read with posts from X, if it is there and no other file is named."""
 _SIMULATOR_TOKEN = "simulator"
 _ANY_ADDRESS = {"0.0.0.0": LOOPBACK, "::": "::1"}
 
@@ -49,6 +53,8 @@ class Plan:
     """None with a DATABASE_URL of the user's."""
     simulates: bool
     """Whether posts come from the simulator."""
+    ingest_files: tuple[Path, ...]
+    """YAML files with options of the ingestion, a later one wins; none for what suits the source."""
     has_dashboard: bool
     """Whether Ray's dashboard runs: ten more processes."""
     environment: dict[str, str]
@@ -58,6 +64,11 @@ class Plan:
     def api_url(self) -> str:
         """Where people of this machine reach the API."""
         return api_url(self.settings)
+
+    @property
+    def ray_folder(self) -> Path:
+        """Ray's sessions, with the logs of what runs on Ray."""
+        return ray_folder(self.home)
 
     @property
     def logs(self) -> Path:
@@ -89,10 +100,17 @@ class Plan:
         return {**self.environment, MARK: mark_of(self.home, self.run_id, part)}
 
 
-def make_plan(settings: Settings, *, rate: float | None = None, has_dashboard: bool | None = None) -> Plan:
+def make_plan(
+    settings: Settings,
+    *,
+    rate: float | None = None,
+    has_dashboard: bool | None = None,
+    ingest_files: Sequence[Path] = (),
+) -> Plan:
     """Decide everything for one run of the stack.
 
     Raises:
+        ConfigurationError: an option of the ingestion is wrong.
         EnvironmentProblemError: the API port is taken, or a folder cannot be used.
     """
     home = settings.home
@@ -103,6 +121,10 @@ def make_plan(settings: Settings, *, rate: float | None = None, has_dashboard: b
     url = settings.database_url.get_secret_value() if settings.database_url else ""
     simulates = settings.twitter_bearer_token is None
     database_url = postgres.url if postgres else url
+    files = tuple(path.absolute() for path in ingest_files)
+    if not files and not simulates and _RULES.is_file():
+        files = (_RULES.absolute(),)
+    load_options(files)
     environment = environment_for(settings, DATABASE_URL=database_url, **_ray_variables(settings, home, folder))
     if simulates:
         environment["X_API_BASE_URL"] = f"http://{LOOPBACK}:{ports.simulator}"
@@ -117,6 +139,7 @@ def make_plan(settings: Settings, *, rate: float | None = None, has_dashboard: b
         database_url=database_url,
         postgres=postgres,
         simulates=simulates,
+        ingest_files=files,
         has_dashboard=(os.cpu_count() or 1) >= _DASHBOARD_CORES if has_dashboard is None else has_dashboard,
         environment=environment,
     )

@@ -15,6 +15,9 @@ from overtone.cli.durations import in_words
 from overtone.cli.rates import Rates
 from overtone.cli.state import PartRecord
 
+PAGE = "Page"
+"""Title of the address that signs a browser in."""
+
 _PLAIN_EVERY = 15
 """Without a terminal, one line of rates in so many."""
 
@@ -42,16 +45,18 @@ class Report(Protocol):
 
 
 class JsonReport:
-    """One JSON object a line on standard output."""
+    """One JSON object a line on standard output; without the sign-in link where that goes to a log."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, shows_link: bool = True) -> None:
         self._stream = stream or sys.stdout
+        self._shows_link = shows_link
 
     def started(self, part: PartRecord) -> None:
         self._write("part.started", part=part.name, address=part.address, seconds=round(part.seconds, 2))
 
     def ready(self, addresses: dict[str, str], source: str, seconds: float) -> None:
-        self._write("stack.ready", seconds=round(seconds, 2), source=source, addresses=addresses)
+        shown = {title: address for title, address in addresses.items() if self._shows_link or title != PAGE}
+        self._write("stack.ready", seconds=round(seconds, 2), source=source, addresses=shown)
 
     def rates(self, rates: Rates) -> None:
         self._write(
@@ -86,7 +91,9 @@ class TextReport:
 
     def started(self, part: PartRecord) -> None:
         self._console.print(
-            f" [green]✓[/] {part.name:<12} {escape(part.address)} [dim]{part.seconds:.1f} s[/]", soft_wrap=True
+            f" [green]✓[/] {part.name:<12} {escape(part.address)} [dim]{part.seconds:.1f} s[/]",
+            soft_wrap=True,
+            highlight=False,
         )
 
     def ready(self, addresses: dict[str, str], source: str, seconds: float) -> None:
@@ -106,7 +113,7 @@ class TextReport:
         self._looks += 1
 
     def event(self, name: str, message: str) -> None:
-        self._console.print(f" [yellow]•[/] {escape(message)}", soft_wrap=True)
+        self._console.print(f" [yellow]•[/] {escape(message)}", soft_wrap=True, highlight=False)
 
     def finished(self, totals: dict[str, Any]) -> None:
         self.close()

@@ -100,7 +100,8 @@ class RunFolder:
             EnvironmentProblemError: it cannot be made or written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
             raise EnvironmentProblemError(
                 f"{self.path} cannot be made: {error.strerror}. Set OVERTONE_HOME to a folder you can write to."

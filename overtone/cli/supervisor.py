@@ -22,7 +22,7 @@ from overtone.cli.figures import Totals, await_drained
 from overtone.cli.plan import LOOPBACK, Plan
 from overtone.cli.processes import MARK
 from overtone.cli.rates import RateMeter
-from overtone.cli.reports import Report, curl_line
+from overtone.cli.reports import PAGE, Report, curl_line
 from overtone.cli.state import PartRecord, ProcessRecord, RunFolder, RunState
 from overtone.db import keys
 from overtone.db.database import Database
@@ -100,9 +100,9 @@ class Supervisor:
         self._ray: Child | None = None
         self._simulator: Child | None = None
         self._is_database_up = False
+        self._is_ingesting = False
         self._meter = RateMeter(plan.api_url)
         self._answered_at = time.monotonic()
-        self._ready_at: float | None = None
         self._began = time.monotonic()
 
     @property
@@ -152,13 +152,17 @@ class Supervisor:
             return asyncio.run(await_drained(self._plan, 0.0, lambda: None))
         return None
 
+    def wind_down(self) -> None:
+        """Stop the source and the ingestion, which stores and classifies what it has."""
+        self._save(phase="stopping")
+        self._stop_simulator()
+        if self._is_ingesting and self._ray is not None and self._ray.exit_status is None:
+            self._drain_ingestion()
+
     def stop(self) -> None:
         """Stop every process of this run, in order: source, ingestion, Serve and Ray, database."""
-        self._save(phase="stopping")
+        self.wind_down()
         self._meter.close()
-        self._stop_simulator()
-        if self._ready_at is not None and self._ray is not None and self._ray.exit_status is None:
-            self._drain_ingestion()
         try:
             left = stop_home(self._plan.home, self._folder)
         finally:
@@ -173,6 +177,9 @@ class Supervisor:
         shutil.rmtree(self._folder.metrics, ignore_errors=True)
         self._folder.metrics.mkdir(parents=True, mode=0o700)
         self._plan.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Ray opens its folder to every user; the one above it keeps them out.
+        self._plan.ray_folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._plan.ray_folder.parent.chmod(0o700)
         self._folder.save(self._state)
         self._guard = Guard(self._plan)
         secret_file(self._plan.ray_token_file, lambda: secrets.token_hex(32))
@@ -218,6 +225,7 @@ class Supervisor:
             began = time.monotonic()
             driver.order("ingest")
             self._await_driver(driver, "ingest")
+            self._is_ingesting = True
             self._note("ingest", f"reads {plan.posts_source}", began)
         finally:
             driver.close()
@@ -243,9 +251,8 @@ class Supervisor:
     def _finish_start(self) -> None:
         plan = self._plan
         self._save(phase="ready", addresses=self._find_addresses())
-        self._ready_at = time.monotonic()
-        link = {"Page": asyncio.run(sign_in_link(plan.database_url, plan.api_url))}
-        self._report.ready(link | self.addresses, plan.posts_source, self._ready_at - self._began)
+        link = {PAGE: asyncio.run(sign_in_link(plan.database_url, plan.api_url))}
+        self._report.ready(link | self.addresses, plan.posts_source, time.monotonic() - self._began)
 
     def _find_addresses(self) -> dict[str, str]:
         plan = self._plan
@@ -256,7 +263,7 @@ class Supervisor:
             "API docs": f"{plan.api_url}/docs",
             "API key": f"in {plan.key_file}",
             "Ray": f"{self._ray_address()} (token in {plan.ray_token_file})",
-            "Logs": f"{plan.logs}, {plan.folder / 'ray' / 'session_latest' / 'logs'}",
+            "Logs": f"{plan.logs}, {plan.ray_folder / 'session_latest' / 'logs'}",
         }
 
     def _ray_address(self) -> str:
@@ -360,6 +367,7 @@ class Supervisor:
             chosen.stop(3.0)
 
     def _drain_ingestion(self) -> None:
+        self._is_ingesting = False
         driver = Driver(self._plan)
         try:
             driver.await_answer("connect", 15.0, lambda: None)

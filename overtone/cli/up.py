@@ -16,7 +16,7 @@ from rich.console import Console
 
 from overtone.cli.cleanup import stop_home
 from overtone.cli.plan import make_plan
-from overtone.cli.reports import JsonReport, Report, TextReport
+from overtone.cli.reports import PAGE, JsonReport, Report, TextReport
 from overtone.cli.state import RunFolder, RunState
 from overtone.cli.supervisor import Stopped, Supervisor
 from overtone.errors import EnvironmentProblemError, UnavailableError
@@ -39,6 +39,10 @@ class UpOptions:
     as_json: bool = False
     has_dashboard: bool | None = None
     """Whether to run Ray's dashboard; None to decide by the number of cores."""
+    ingest_files: tuple[Path, ...] = ()
+    """YAML files with options of the ingestion."""
+    shows_link: bool = True
+    """Whether to print a link that signs a browser in: not where the output goes to a log."""
 
 
 def up(settings: Settings, options: UpOptions, console: Console) -> int:
@@ -47,7 +51,7 @@ def up(settings: Settings, options: UpOptions, console: Console) -> int:
     Raises:
         OvertoneError: it cannot be started, or did not end as it should; nothing of it is left running.
     """
-    report: Report = JsonReport() if options.as_json else TextReport(console)
+    report: Report = JsonReport(shows_link=options.shows_link) if options.as_json else TextReport(console)
     stop_asked = threading.Event()
     folder = RunFolder(settings.home)
     with _signals_set(stop_asked), _log_file(settings.home / "logs" / "up.log"):
@@ -72,7 +76,7 @@ def up_detached(settings: Settings, arguments: list[str], console: Console, *, a
     log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with log_path.open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "overtone.cli", "up", "--json", *arguments],
+            [sys.executable, "-m", "overtone.cli", "up", "--json", "--no-link", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -83,14 +87,16 @@ def up_detached(settings: Settings, arguments: list[str], console: Console, *, a
     report.ready(addresses, state.source, time.time() - state.started_at)
     report.close()
     if not as_json:
-        console.print(" It runs in the background: `overtone status` shows it, `overtone down` stops it.")
+        said = " It runs in the background: `overtone status` shows it, `overtone down` stops it."
+        console.print(said, soft_wrap=True)
     return 0
 
 
 def _run(settings: Settings, options: UpOptions, folder: RunFolder, report: Report, stop_asked: threading.Event) -> int:
-    supervisor = Supervisor(
-        make_plan(settings, rate=options.rate, has_dashboard=options.has_dashboard), folder, report, stop_asked
+    plan = make_plan(
+        settings, rate=options.rate, has_dashboard=options.has_dashboard, ingest_files=options.ingest_files
     )
+    supervisor = Supervisor(plan, folder, report, stop_asked)
     began = time.monotonic()
     totals = None
     try:
@@ -99,6 +105,7 @@ def _run(settings: Settings, options: UpOptions, folder: RunFolder, report: Repo
         totals = supervisor.finish()
     except Stopped:
         report.event("stack.stopping", "Stopping everything.")
+        supervisor.wind_down()
         totals = supervisor.totals()
     finally:
         supervisor.stop()
@@ -189,4 +196,4 @@ def _await_ready(folder: RunFolder, child: "subprocess.Popen[bytes]", log_path: 
 def _page(settings: Settings, state: RunState) -> dict[str, str]:
     from overtone.cli.status import link_for
 
-    return {"Page": link_for(settings, state)}
+    return {PAGE: link_for(settings, state)}

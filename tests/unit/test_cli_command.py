@@ -13,7 +13,7 @@ from rich.console import Console
 
 from overtone import errors
 from overtone.cli.durations import in_words, parse_duration
-from overtone.cli.exits import EXIT_CODES, exit_code, tell
+from overtone.cli.exits import EXIT_CODES, error_of, exit_code, tell
 from overtone.cli.plan import api_url, free_ports, require_free_port
 from overtone.cli.reports import JsonReport, curl_line
 from overtone.cli.state import PartRecord
@@ -71,6 +71,15 @@ def test_every_error_has_an_exit_code_of_its_kind(cls: type[errors.OvertoneError
     assert code == next(EXIT_CODES[base] for base in cls.__mro__ if base in EXIT_CODES)
     if cls.__base__ is errors.OvertoneError:
         assert code != EXIT_CODES[errors.OvertoneError], "a kind of error without a code of its own"
+
+
+@pytest.mark.parametrize("cls", every_error())
+def test_an_error_is_found_by_its_code(cls: type[errors.OvertoneError]) -> None:
+    assert error_of(cls.code) is cls
+
+
+def test_an_unknown_code_is_an_error_all_the_same() -> None:
+    assert error_of("nonsense") is errors.OvertoneError
 
 
 def test_an_error_that_is_not_ours_is_1() -> None:
@@ -171,6 +180,13 @@ def test_the_curl_line_does_not_hold_the_key() -> None:
     line = curl_line("http://127.0.0.1:8000", "X-API-Key", Path("/home/o'brien/api_key"))
     assert "http://127.0.0.1:8000/predict" in line
     assert "$(cat " in line
+
+
+def test_a_report_that_goes_to_a_log_holds_no_link(capsys: pytest.CaptureFixture[str]) -> None:
+    for shows_link in (True, False):
+        JsonReport(shows_link=shows_link).ready({"Page": "secret", "API": "x"}, "simulator", 1.0)
+    first, second = (json.loads(line)["addresses"] for line in capsys.readouterr().out.splitlines())
+    assert (first, second) == ({"Page": "secret", "API": "x"}, {"API": "x"})
 
 
 def test_a_report_in_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
