@@ -2,9 +2,9 @@
 
 `python -m overtone.cli.driver ADDRESS METRICS_FOLDER [INGEST_FILE ...]` connects to the Ray instance at ADDRESS, then
 obeys one word a line on standard input (`serve`, `ingest`, `stop-ingest`) and answers each on standard output with a
-line of JSON: `{"done": WORD, "seconds": S}` or `{"failed": WORD, "code": CODE, "message": TEXT}`. The end of standard input
-ends it. A process of its own, because Ray installs signal handlers, starts threads and keeps 150 MB that a supervisor
-must not have.
+line of JSON: `{"done": WORD, "seconds": S}` or `{"failed": WORD, "code": CODE, "message": TEXT}`. The end of standard
+input ends it. A process of its own, because Ray installs signal handlers, starts threads and keeps 150 MB that a
+supervisor must not have.
 """
 
 import json
