@@ -39,7 +39,9 @@ class Limits:
     max_bulk_texts: int = 20_000
     """Bulk texts that may wait; as above."""
     ahead: int = 1
-    """Batches chosen before the engine frees, while at least a full one waits, so that it never idles."""
+    """Batches chosen before the engine frees, while at least `ahead_tokens` wait, so that it never idles."""
+    ahead_tokens: int = 96
+    """Less than a full batch: narrow batches end soon, and a gap between them costs more than a fuller one saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +361,7 @@ class TokenBatcher(Generic[Row]):
             return False
         running = len(self._running)
         return not running or (
-            running <= self._limits.ahead and self._backlog.waiting_tokens >= self._limits.budget_tokens
+            running <= self._limits.ahead and self._backlog.waiting_tokens >= self._limits.ahead_tokens
         )
 
     async def _execute(self, batch: Batch[Row], taken_at: float) -> None:

@@ -251,11 +251,13 @@ async def test_what_arrives_while_the_engine_works_is_the_next_batch() -> None:
     assert [len(batch) for batch in engine.batches] == [1, 6]
 
 
-@pytest.mark.parametrize(("ahead", "expected"), [(0, 1), (1, 2)])
-async def test_a_full_batch_is_chosen_ahead_only_under_backlog(ahead: int, expected: int) -> None:
+@pytest.mark.parametrize(("ahead", "ahead_tokens", "expected"), [(0, 10, 1), (1, 10, 2), (1, 25, 2), (1, 26, 1)])
+async def test_a_batch_is_chosen_ahead_only_under_backlog(ahead: int, ahead_tokens: int, expected: int) -> None:
     engine = Engine()
     engine.gate.clear()
-    batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=10, ahead=ahead))
+    batcher = TokenBatcher[int](
+        engine.classify, limits=Limits(budget_tokens=10, ahead=ahead, ahead_tokens=ahead_tokens)
+    )
     task = asyncio.create_task(batcher.submit([[1] * 5] * 7))
     await until(lambda: len(engine.batches) == expected)
     for _ in range(5):
