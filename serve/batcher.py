@@ -54,6 +54,8 @@ class BatchReport:
     queue_s: float
     """From admission of its oldest row to the engine."""
     engine_s: float
+    waiting: int
+    """Texts that waited behind it when it was done."""
 
 
 @dataclass(slots=True, eq=False)
@@ -426,4 +428,7 @@ class TokenBatcher(Generic[Row]):
         if self._observe is not None:
             lengths = [len(ticket.token_ids[index]) for ticket, index in batch]
             oldest = min(ticket.admitted_at for ticket, _ in batch)
-            self._observe(BatchReport(len(batch), sum(lengths), len(batch) * max(lengths), taken_at - oldest, busy_s))
+            padded = len(batch) * max(lengths)
+            self._observe(
+                BatchReport(len(batch), sum(lengths), padded, taken_at - oldest, busy_s, self._backlog.waiting)
+            )

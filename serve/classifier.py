@@ -185,5 +185,6 @@ def _observe(report: BatchReport) -> None:
     metrics.BATCH_TEXTS.observe(report.texts)
     metrics.QUEUE_SECONDS.observe(report.queue_s)
     metrics.ENGINE_SECONDS.observe(report.engine_s)
+    metrics.QUEUE_TEXTS.set(report.waiting)
     _REAL.inc(report.tokens)
     _PADDING.inc(report.padded_tokens - report.tokens)

@@ -400,7 +400,7 @@ async def test_reports_tell_texts_tokens_and_padding() -> None:
     batcher = TokenBatcher[int](Engine().classify, observe=reports.append, clock=Clock())
     await batcher.submit([[1] * 3, [1] * 5])
 
-    assert reports == [BatchReport(texts=2, tokens=8, padded_tokens=10, queue_s=0.0, engine_s=0.0)]
+    assert reports == [BatchReport(texts=2, tokens=8, padded_tokens=10, queue_s=0.0, engine_s=0.0, waiting=0)]
 
 
 async def test_nothing_asked_is_nothing_answered() -> None:
