@@ -230,9 +230,13 @@ def check_recoveries(stack: Stack) -> dict[str, float]:
 
 def check_every_post_once(stack: Stack) -> None:
     simulator = simulator_url(stack)
+
+    def sent() -> list[int]:
+        return [int(each) for each in httpx.get(f"{simulator}/simulator/ledger", trust_env=False).json()["ids"]]
+
+    wait_until(lambda: len(sent()) > 1000, 60, "more than 1,000 posts to be sent")
     httpx.post(f"{simulator}/simulator/faults", json={"kind": "silence"}, trust_env=False).raise_for_status()
-    ledger = [int(each) for each in httpx.get(f"{simulator}/simulator/ledger", trust_env=False).json()["ids"]]
-    assert len(ledger) > 1000
+    ledger = sent()
 
     def has_caught_up() -> bool:
         return len(database_rows(stack.home, "SELECT post_id FROM overtone.predictions")) >= len(ledger)
