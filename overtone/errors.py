@@ -25,7 +25,7 @@
 
 Every class has a stable `code`, says whether trying again can help (`retryable`) and survives pickling, because
 Ray carries exceptions between processes. HTTP statuses and exit codes are assigned in one place each:
-`serve.http` and `overtone.cli`.
+`serve.problems` and `overtone.cli`.
 """
 
 from typing import Any, ClassVar

@@ -1,7 +1,7 @@
 """The wire types that more than one package speaks: post -> prediction.
 
 Plain frozen dataclasses for what flows inside the system at stream rates; the HTTP request and response models,
-with their validation and their OpenAPI text, are in `serve.http`.
+with their validation and their OpenAPI text, are in `serve.wire`.
 """
 
 from dataclasses import dataclass, field

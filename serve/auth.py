@@ -13,9 +13,12 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Protocol
 
+from fastapi import Request
+
 from overtone.errors import ForbiddenError, OverloadedError, OvertoneError, UnauthorizedError
 from overtone.logging import get_logger
 
+SESSION_COOKIE = "overtone_session"
 _MAX_UNKNOWN = 4096
 _MAX_LOOKUPS = 64
 
@@ -132,6 +135,37 @@ class KeyRing:
             if len(self._unknown) >= _MAX_UNKNOWN:
                 self._unknown.clear()
         self._unknown[digest] = now + self._unknown_s
+
+
+class Gate:
+    """Whether a request may pass."""
+
+    def __init__(self, keys: KeyRing, *, api_key_header: str = "X-API-Key") -> None:
+        """`api_key_header` names the header that carries a key; a bearer token and the session cookie do too."""
+        self.keys = keys
+        self.api_key_header = api_key_header
+        self._key_header = api_key_header.lower().encode("latin-1")
+
+    async def authorise(self, request: Request, scope: str) -> Identity:
+        """The caller of `request`, who must have `scope`.
+
+        Raises:
+            UnauthorizedError, ForbiddenError, DatabaseUnavailableError, OverloadedError: see `KeyRing.check`.
+        """
+        return await self.keys.check(self._secret(request), scope)
+
+    def _secret(self, request: Request) -> str | None:
+        """The secret a request carries: the key header wins over a bearer token, and that over the cookie."""
+        bearer = None
+        has_cookie = False
+        for name, value in request.scope["headers"]:
+            if name == self._key_header:
+                return str(value, "latin-1")
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                bearer = str(value[7:], "latin-1").strip()
+            elif name == b"cookie":
+                has_cookie = True
+        return bearer or (request.cookies.get(SESSION_COOKIE) if has_cookie else None)
 
 
 def _digest(secret: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The routes of the API and what OpenAPI tells of them. The handlers are in `serve.http`."""
+"""The routes of the API and what OpenAPI tells of them."""
 
 from dataclasses import dataclass
 from http import HTTPStatus

@@ -14,11 +14,12 @@ from overtone import logging
 from overtone.errors import BundleError, ConfigurationError, EngineError
 from overtone.metrics import forget_dead_processes
 from overtone.settings import Settings, load_settings
-from serve.auth import KeyRing
+from serve.auth import Gate, KeyRing
 from serve.batcher import Limits
 from serve.classifier import Classifier
 from serve.environment import DEPLOYMENT, is_loopback
-from serve.http import Service, create_app
+from serve.http import create_app
+from serve.service import Service
 from serve.shortcut import Shortcut
 from serve.store import Store
 
@@ -59,9 +60,8 @@ class Replica:
         self._classifier = Classifier(limits=options.limits, threads=options.threads)
         self._service = Service(
             classifier=self._classifier,
-            keys=self._keys,
+            gate=Gate(self._keys, api_key_header=self._settings.api_key_header),
             records=self._store,
-            api_key_header=self._settings.api_key_header,
             cors_origins=self._settings.cors_origins,
             metrics_folder=self._settings.prometheus_multiproc_dir,
             sends_request_id=False,

@@ -29,9 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from overtone.bundle import Bundle
 from overtone.errors import DatabaseUnavailableError, OverloadedError, OvertoneError
 from overtone.schema import LABELS
-from serve.auth import Identity, KeyRing
+from serve.auth import Gate, Identity, KeyRing
 from serve.classifier import Answer
-from serve.http import Service, create_app
+from serve.http import create_app
+from serve.service import Service
 
 KEY = "ovt_page_test_key"
 VERSION = "tiny-0123abcd"
@@ -190,7 +191,7 @@ def site() -> Iterator[Site]:
     records, classifier = MemoryRecords(posts=make_posts(1234)), KeywordClassifier()
     records.admit(KEY)
     keys = KeyRing(records, refresh_s=0.1, unknown_s=0.0)
-    app = create_app(Service(classifier=classifier, keys=keys, records=records))  # type: ignore[arg-type]
+    app = create_app(Service(classifier=classifier, gate=Gate(keys), records=records))  # type: ignore[arg-type]
     with serving(StrictPolicy(app)) as url:
         yield Site(url, records, classifier)
 

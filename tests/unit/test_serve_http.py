@@ -13,11 +13,13 @@ from overtone import errors
 from overtone.bundle import Bundle
 from overtone.engine import Engine, Probabilities, open_engine
 from overtone.schema import MAX_BATCH_TEXTS, MAX_TEXT_CHARS
-from serve import http
-from serve.auth import Identity, KeyRing
+from serve import problems
+from serve.auth import Gate, Identity, KeyRing
 from serve.batcher import Limits
 from serve.classifier import Classifier
-from serve.http import Service, create_app, status_of
+from serve.http import create_app
+from serve.problems import status_of
+from serve.service import Service
 
 SECRET = "ovt_a-key-that-may-do-all"
 PREDICT_ONLY = "ovt_predict-only"
@@ -106,7 +108,7 @@ class Api:
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(create_app(service)),
             base_url="http://test",
-            headers={service.api_key_header: SECRET},
+            headers={service.gate.api_key_header: SECRET},
         )
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
@@ -125,7 +127,8 @@ async def opened(bundle: Bundle | None, **options: Any) -> Api:
         await classifier.load(bundle.path)
     keys = KeyRing(records)
     await keys.refresh()
-    return Api(Service(classifier=classifier, keys=keys, records=records, **options), records)
+    gate = Gate(keys, api_key_header=options.pop("api_key_header", "X-API-Key"))
+    return Api(Service(classifier=classifier, gate=gate, records=records, **options), records)
 
 
 @pytest.fixture
@@ -302,7 +305,7 @@ async def test_a_bearer_token_is_a_key(api: Api) -> None:
 
 async def test_known_keys_work_while_the_database_is_away(api: Api) -> None:
     api.records.is_down = True
-    assert await api.service.keys.refresh() is False
+    assert await api.service.gate.keys.refresh() is False
     assert (await api.post("/predict", {"text": "love"})).status_code == 200
 
     unknown = await api.post("/predict", {"text": "love"}, x_api_key="ovt_new")
@@ -462,7 +465,7 @@ def test_every_error_has_a_status(cls: type[errors.OvertoneError]) -> None:
 
 
 def test_statuses_are_assigned_to_known_errors_only() -> None:
-    assert set(http.STATUS) <= set(all_errors())
+    assert set(problems.STATUS) <= set(all_errors())
 
 
 def test_the_engine_of_the_tests_is_an_engine(tiny_bundle: Bundle) -> None:
