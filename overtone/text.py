@@ -47,6 +47,11 @@ def normalise(text: str) -> str:
     return _SPACE.sub(" ", text).strip()
 
 
+def depends_on_neighbours(word: str) -> bool:
+    """Whether `normalise` may treat `word` differently in different texts; never for words without a link."""
+    return "://" in word and "." not in word
+
+
 def storable(text: str) -> str:
     """Return `text` with NUL and lone surrogates, which PostgreSQL refuses, replaced by U+FFFD."""
     return _SURROGATE.sub("\ufffd", text).replace("\x00", "\ufffd")
