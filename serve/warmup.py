@@ -1,0 +1,75 @@
+"""How large batches should be on this machine, found by running the engine a few times before it serves.
+
+A batch costs about `fixed + per_token * padded tokens`. The fixed part, counted in tokens, says how much padding a
+further row may add before a batch of its own is cheaper; and a batch need only be so large that the fixed part is a
+small share of it, because rows wait longer in larger ones. On a CPU the fixed part is worth about ten tokens, on a GPU
+hundreds.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from overtone.engine import Engine
+
+_ROW_TOKENS = 16
+_ROWS = (1, 2, 4, 8, 16, 32)
+_ROUNDS = 5
+_FIXED_SHARE = 0.04
+MIN_BUDGET_TOKENS, MAX_BUDGET_TOKENS = 128, 16_384
+MIN_WASTE_TOKENS, MAX_WASTE_TOKENS = 4, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCost:
+    """What a batch costs: `fixed_s + token_s * padded tokens` seconds."""
+
+    fixed_s: float
+    token_s: float
+
+    @property
+    def waste_tokens(self) -> int:
+        """Padding that costs as much as one further batch."""
+        return round(min(max(self._fixed_tokens, MIN_WASTE_TOKENS), MAX_WASTE_TOKENS))
+
+    @property
+    def budget_tokens(self) -> int:
+        """The smallest batch of which the fixed part is 4 %, rounded up to 64 tokens."""
+        wanted = self._fixed_tokens * (1 / _FIXED_SHARE - 1)
+        return int(min(max(-(-wanted // 64) * 64, MIN_BUDGET_TOKENS), MAX_BUDGET_TOKENS))
+
+    @property
+    def _fixed_tokens(self) -> float:
+        return self.fixed_s / self.token_s
+
+
+def measure_batch_cost(engine: Engine, clock: Callable[[], float] = time.perf_counter) -> BatchCost:
+    """Run `engine` on batches of several sizes, for some tenths of a second on a CPU.
+
+    Raises:
+        EngineError: see `Engine.classify`.
+    """
+    row = [1] * _ROW_TOKENS
+    samples = []
+    for rows in _ROWS:
+        batch = [row] * rows
+        # The quickest run: whatever else the machine does can only make one slower.
+        samples.append((rows * _ROW_TOKENS, min(_seconds(engine, batch, clock) for _ in range(_ROUNDS))))
+    return fit(samples)
+
+
+def fit(samples: Sequence[tuple[int, float]]) -> BatchCost:
+    """The line through `samples` of (padded tokens, seconds), each weighing by its relative error."""
+    tokens, seconds = np.array(samples, dtype=np.float64).T
+    seconds = np.maximum(seconds, 1e-9)
+    columns = np.stack([np.ones_like(tokens), tokens], axis=1) / seconds[:, None]
+    (fixed_s, token_s), *_ = np.linalg.lstsq(columns, np.ones_like(tokens), rcond=None)
+    return BatchCost(max(float(fixed_s), 0.0), max(float(token_s), 1e-12))
+
+
+def _seconds(engine: Engine, batch: list[list[int]], clock: Callable[[], float]) -> float:
+    started = clock()
+    engine.classify(batch)
+    return clock() - started

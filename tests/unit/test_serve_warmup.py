@@ -1,0 +1,56 @@
+"""Batch sizes found by measuring."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overtone.engine import FakeEngine, Probabilities
+from serve.warmup import (
+    MAX_BUDGET_TOKENS,
+    MAX_WASTE_TOKENS,
+    MIN_BUDGET_TOKENS,
+    MIN_WASTE_TOKENS,
+    BatchCost,
+    fit,
+    measure_batch_cost,
+)
+
+
+class TimedEngine(FakeEngine):
+    """Moves a clock on by what a batch costs."""
+
+    def __init__(self, cost: BatchCost) -> None:
+        super().__init__()
+        self.now = 0.0
+        self._cost = cost
+
+    def classify(self, token_ids: list[list[int]]) -> Probabilities:
+        self.now += self._cost.fixed_s + self._cost.token_s * len(token_ids) * max(map(len, token_ids))
+        return super().classify(token_ids)
+
+
+@given(fixed_s=st.floats(1e-6, 1e-1), token_s=st.floats(1e-7, 1e-3))
+def test_a_line_is_found_again(fixed_s: float, token_s: float) -> None:
+    engine = TimedEngine(BatchCost(fixed_s, token_s))
+
+    found = measure_batch_cost(engine, clock=lambda: engine.now)
+
+    seconds = fixed_s + token_s * 256
+    assert found.fixed_s + found.token_s * 256 == pytest.approx(seconds, rel=1e-3)
+
+
+def test_a_processor_gets_small_batches_and_a_gpu_large_ones() -> None:
+    processor = BatchCost(fixed_s=0.0004, token_s=0.00004)
+    gpu = BatchCost(fixed_s=0.0015, token_s=0.0000012)
+
+    assert (processor.waste_tokens, processor.budget_tokens) == (10, 256)
+    assert gpu.waste_tokens == 1024
+    assert gpu.budget_tokens == MAX_BUDGET_TOKENS
+
+
+@given(st.lists(st.tuples(st.integers(1, 10_000), st.floats(0, 10)), min_size=2, max_size=8, unique_by=lambda s: s[0]))
+def test_whatever_was_measured_the_limits_are_usable(samples: list[tuple[int, float]]) -> None:
+    cost = fit(samples)
+
+    assert MIN_WASTE_TOKENS <= cost.waste_tokens <= MAX_WASTE_TOKENS
+    assert MIN_BUDGET_TOKENS <= cost.budget_tokens <= MAX_BUDGET_TOKENS
