@@ -34,6 +34,26 @@ QUEUE_SECONDS = Histogram("overtone_serve_queue_seconds", "Time from admission t
 ENGINE_SECONDS = Histogram("overtone_serve_engine_seconds", "Time of one batch in the engine.", buckets=_SECONDS)
 QUEUE_TEXTS = Gauge("overtone_serve_queue_texts", "Texts waiting.", multiprocess_mode="livesum")
 REFUSED = Counter("overtone_serve_refused_total", "Requests refused.", ["reason"])
+BUNDLES_REFUSED = Counter("overtone_serve_bundles_refused_total", "Bundles not fit for use.", ["role"])
+"""role: `champion` or `challenger`."""
+CANARY_REQUESTS = Counter("overtone_serve_canary_requests_total", "Requests given to the challenger.", ["outcome"])
+"""outcome: `answered`, or `failed`; the champion answers a request that the challenger failed."""
+CANARY_ROLLBACKS = Counter("overtone_serve_canary_rollbacks_total", "Canaries that were taken back by themselves.")
+CANARY_SHARE = Gauge(
+    "overtone_serve_canary_share", "Share of requests the challenger answers.", multiprocess_mode="liveall"
+)
+SHADOW_TEXTS = Counter(
+    "overtone_serve_shadow_texts_total", "Texts both bundles classified.", ["champion_label", "challenger_label"]
+)
+SHADOW_DISTANCE = Histogram(
+    "overtone_serve_shadow_distance",
+    "Total variation distance of the two bundles' scores.",
+    buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0),
+)
+SHADOW_DROPPED = Counter("overtone_serve_shadow_dropped_total", "Sampled texts dropped because the replica was busy.")
+SHADOW_FAILED = Counter("overtone_serve_shadow_failed_total", "Sampled texts the challenger could not classify.")
+CACHE_TEXTS = Counter("overtone_serve_cache_texts_total", "Texts looked up in the cache.", ["outcome"])
+"""outcome: `hit`, `miss`, or `skipped` while the shared cache is away."""
 POSTS_RECEIVED = Counter("overtone_ingest_posts_received_total", "Posts read from the stream or by search.", ["source"])
 POSTS_STORED = Counter("overtone_ingest_posts_stored_total", "Posts stored for the first time.")
 PREDICTIONS_STORED = Counter("overtone_ingest_predictions_stored_total", "Predictions stored for the first time.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -35,6 +35,22 @@ def _redis_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _jwks_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in {"127.0.0.1", "::1", "localhost"}):
+        raise ValueError("must be an https:// address")
+    return value
+
+
+def _long_secret(value: SecretStr) -> SecretStr:
+    if len(value.get_secret_value().encode()) < 32:
+        raise ValueError("must be at least 32 bytes long")
+    return value
+
+
+Algorithm = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "HS256", "HS384", "HS512"
+]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 
@@ -69,7 +85,7 @@ class Settings(BaseSettings):
         None, description="postgresql:// address. Unset: an embedded PostgreSQL under OVERTONE_HOME."
     )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
-        None, description="redis:// address of the shared store. Unset: in-process. Checked; reserved, not used yet."
+        None, description="redis:// address of what replicas share: the counts of rate limits. Unset: in process."
     )
 
     # --- tracking of training runs
@@ -135,6 +151,50 @@ class Settings(BaseSettings):
         None,
         description="Key the command line and the ingest actor send. Unset: the one in OVERTONE_HOME/api_key.",
     )
+    limit_requests_per_minute: int = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Requests a minute of a key that sets no limit of its own. 0 to 10000000; 0: no limit.",
+    )
+    limit_texts_per_minute: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="Texts a minute of a key that sets no limit of its own. 0 to 1000000000; 0: no limit.",
+    )
+    limit_texts_per_day: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000_000,
+        description="Texts a day of a key that sets no limit of its own. 0 to 1000000000000; 0: no limit.",
+    )
+    jwt_issuer: str | None = Field(
+        None, min_length=1, max_length=1000, description="Claim `iss` that tokens must have. Needed by JWT_JWKS_URL."
+    )
+    jwt_audience: str | None = Field(
+        None, min_length=1, max_length=1000, description="Claim `aud` that tokens must have. Needed by JWT_JWKS_URL."
+    )
+    jwt_jwks_url: Annotated[str, AfterValidator(_jwks_url)] | None = Field(
+        None,
+        description="Where the public keys of an identity provider are: https, or http on loopback, with JWT_ISSUER and"
+        " JWT_AUDIENCE set. Unset: no tokens signed by RSA or EC keys.",
+    )
+    jwt_secret: Annotated[SecretStr, AfterValidator(_long_secret)] | None = Field(
+        None, description="Secret of tokens signed by HS256. At least 32 bytes. Unset: no such tokens."
+    )
+    jwt_algorithms: Annotated[tuple[Algorithm, ...], NoDecode] = Field(
+        ("RS256", "ES256", "HS256"),
+        min_length=1,
+        description="Signatures that are taken, comma-separated, of RS256, RS384, RS512, PS256, PS384, PS512, ES256,"
+        " ES384, ES512, HS256, HS384, HS512.",
+    )
+    jwt_scope_claim: str = Field(
+        "scope", min_length=1, max_length=200, description="Claim with a token's scopes: a list, or words in a string."
+    )
+    jwt_leeway_s: int = Field(
+        30, ge=0, le=300, description="Seconds by which clocks may differ when a token's times are checked. 0 to 300."
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Origins that browsers may call from: comma-separated http(s) origins, or * for any. Unset: none.",
@@ -144,6 +204,17 @@ class Settings(BaseSettings):
     )
     serve_replicas: int | None = Field(
         None, ge=1, le=1024, description="Serving replicas, one thread each. 1 to 1024. Default: one a core, at most 8."
+    )
+
+    cache_entries: int = Field(
+        0,
+        ge=0,
+        le=10_000_000,
+        description="Texts whose scores each replica remembers, 350 bytes each; with REDIS_URL they are in Redis, which "
+        "bounds their number itself. 0 to 10000000; 0 for no cache.",
+    )
+    cache_ttl_s: int = Field(
+        3600, ge=1, le=2_592_000, description="Seconds that scores stay in Redis. 1 to 2592000 (30 days)."
     )
 
     # --- logs and metrics
@@ -160,6 +231,19 @@ class Settings(BaseSettings):
     def home(self) -> Path:
         """`overtone_home`, absolute, with `~` resolved."""
         return self.overtone_home.expanduser().absolute()
+
+    @field_validator("jwt_jwks_url")
+    @classmethod
+    def _need_issuer(cls, value: str | None, info: ValidationInfo) -> str | None:
+        # A provider signs tokens for many services with the same keys.
+        if value is not None and not (info.data.get("jwt_issuer") and info.data.get("jwt_audience")):
+            raise ValueError("needs JWT_ISSUER and JWT_AUDIENCE beside it")
+        return value
+
+    @field_validator("jwt_algorithms", mode="before")
+    @classmethod
+    def _split_algorithms(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("cors_origins", mode="before")
     @classmethod

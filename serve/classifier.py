@@ -1,30 +1,35 @@
-"""Texts in, predictions out: one bundle's tokenizer, batcher and engine, and the change to another bundle.
+"""Texts in, scores out, by the champion; beside it the cache, and a challenger that is on trial.
 
 The engine runs on one thread of its own and large requests are tokenised on another, so the event loop never blocks
 for long. Knows no HTTP and no Ray.
 """
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from overtone import metrics
 from overtone.bundle import Bundle, TextEncoder, load_bundle
-from overtone.engine import Engine, check_golden, open_engine
-from overtone.errors import ShuttingDownError, UnavailableError
+from overtone.engine import Engine, open_engine
+from overtone.errors import BundleError, DeadlineExceededError, EngineError, ShuttingDownError, UnavailableError
 from overtone.logging import get_logger
-from serve.batcher import BatchReport, Limits, Priority, TokenBatcher, TokenIds
+from serve.batcher import Limits, Priority, TokenIds
+from serve.cache import Cache, key_of
+from serve.longtext import LongText
+from serve.model import Model, Scores, Turns, open_model
+from serve.rollout import SHADOW_LANE, Canary, LiveOptions, Shadow
 
-Scores = list[float]
-"""Calibrated probability of each label, in the order of the bundle's labels."""
+__all__ = ["INTERACTIVE_TEXTS", "Answer", "Classifier", "Refusal", "Scores", "Trial"]
 
 INTERACTIVE_TEXTS = 16
 """A request of more texts is bulk."""
 
-_INLINE_CHARS = 4_000
-_SLICE_TEXTS = 128
+_REMEMBERED_REFUSALS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +41,22 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    bundle: Bundle
-    encoder: TextEncoder
-    engine: Engine
-    batcher: TokenBatcher[Scores]
+class Refusal:
+    """A bundle that was not taken."""
+
+    role: str
+    folder: str
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A challenger, and how it is tried."""
+
+    model: Model
+    canary: Canary
+    shadow: Shadow
 
 
 class Classifier:
@@ -52,25 +68,33 @@ class Classifier:
         limits: Limits | None = None,
         threads: int = 1,
         engine_for: Callable[[Bundle, int], Engine] = open_engine,
+        cache: Cache | None = None,
     ) -> None:
         """Nothing is loaded yet: `load` does."""
         self._limits = limits or Limits()
         self._threads = threads
         self._engine_for = engine_for
-        self._loaded: _Loaded | None = None
+        self._cache = cache
+        self._champion: Model | None = None
+        self._trial: Trial | None = None
         self._loading = asyncio.Lock()
         self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._other_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._turns = Turns(self._engine_thread)
         self._retiring: set[asyncio.Task[None]] = set()
+        self.refusals: deque[Refusal] = deque(maxlen=_REMEMBERED_REFUSALS)
+        """Bundles that were not taken, the last one last."""
+        self.revision = 0
+        """Of the options in use."""
 
     @property
     def is_ready(self) -> bool:
         """Whether a bundle is loaded, warm and checked."""
-        return self._loaded is not None
+        return self._champion is not None
 
     @property
     def bundle(self) -> Bundle:
-        """The bundle in use.
+        """The champion.
 
         Raises:
             UnavailableError: none is loaded yet.
@@ -78,113 +102,302 @@ class Classifier:
         return self._current().bundle
 
     @property
+    def encoder(self) -> TextEncoder:
+        """The tokenizer of the champion.
+
+        Raises:
+            UnavailableError: none is loaded yet.
+        """
+        return self._current().encoder
+
+    @property
+    def trial(self) -> Trial | None:
+        """The challenger, if there is one."""
+        return self._trial
+
+    @property
     def waiting(self) -> int:
         """Texts that wait for the engine."""
-        return self._loaded.batcher.waiting if self._loaded else 0
+        return sum(model.batcher.waiting for model in self._models())
 
     @property
     def is_failing(self) -> bool:
         """Whether the engine has failed on so many texts in a row that the texts are not to blame."""
-        return self._loaded is not None and self._loaded.batcher.failures_in_a_row >= 32
+        return self._champion is not None and self._champion.batcher.failures_in_a_row >= 32
 
     async def load(self, path: Path | None) -> Bundle:
-        """Load the bundle at `path` (default: the one in the package) beside the one in use, then change to it.
-
-        The new one is warmed and its golden texts are checked first; requests that the old one took are answered
-        by it.
+        """Change to the bundle at `path` (default: the one in the package); see `apply`.
 
         Raises:
             BundleError: the bundle is not fit for use; the old one stays.
         """
         async with self._loading:
-            loop = asyncio.get_running_loop()
-            bundle = await loop.run_in_executor(self._other_thread, load_bundle, path)
-            old = self._loaded
-            if old is not None and old.bundle.version == bundle.version:
-                return old.bundle
-            self._loaded = await loop.run_in_executor(self._other_thread, self._open, bundle)
-        if old is not None:
-            task = loop.create_task(self._retire(old))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-        get_logger().info("bundle.loaded", model_version=bundle.version, replaced=old.bundle.version if old else None)
-        return bundle
+            return await self._load_champion(path)
 
-    async def classify(self, texts: Sequence[str], *, deadline_s: float | None = None) -> Answer:
+    async def apply(self, options: LiveOptions, default: Path | None) -> None:
+        """Change champion, challenger and shares to what `options` say; `default` is the champion they need not name.
+
+        Each bundle is loaded beside those in use, warmed, and its golden texts are checked; then the change is one
+        assignment, and requests that the old one took are answered by it. One that is not fit is written down in
+        `refusals` and changes nothing: the champion stays, and without a fit challenger there is no trial.
+
+        Raises:
+            BundleError: no champion is in use yet and this one is not fit.
+        """
+        async with self._loading:
+            folder = Path(options.bundle) if options.bundle else default
+            try:
+                await self._load_champion(folder)
+            except BundleError as error:
+                self._refuse("champion", folder, error)
+                if self._champion is None:
+                    raise
+            await self._try_challenger(options)
+            self.revision = options.revision
+
+    async def classify(
+        self,
+        texts: Sequence[str],
+        *,
+        deadline_s: float | None = None,
+        long_text: LongText = "truncate",
+        priority: Priority | None = None,
+        request_id: bytes | None = None,
+    ) -> Answer:
         """Classify valid `texts`, all with one bundle.
+
+        Requests with the same `request_id` go to the same bundle while a canary runs.
 
         Raises:
             OverloadedError, DeadlineExceededError, ShuttingDownError: see `TokenBatcher.submit`.
             UnavailableError: no bundle is loaded yet.
         """
-        priority: Priority = "interactive" if len(texts) <= INTERACTIVE_TEXTS else "bulk"
-        while True:
-            loaded = self._current()
-            try:
-                loaded.batcher.admit(len(texts), priority)
-                token_ids = await self._encode(loaded.encoder, texts)
-                rows = await loaded.batcher.submit(token_ids, priority=priority, deadline_s=deadline_s)
-            except ShuttingDownError:
-                if loaded is self._loaded:
-                    raise
-                continue  # the bundle was changed while the texts were prepared for the old one
-            _TEXTS[priority].inc(len(texts))
-            return Answer(loaded.bundle, rows)
+        if priority is None:
+            priority = "interactive" if len(texts) <= INTERACTIVE_TEXTS else "bulk"
+        if self._trial is None and self._cache is None:
+            answer = await self._classify_by_champion(texts, deadline_s, long_text, priority)
+        else:
+            answer = await self._classify_on_trial(_Request(texts, deadline_s, long_text, priority), request_id)
+        _TEXTS[priority].inc(len(texts))
+        return answer
+
+    async def submit(
+        self, token_ids: Sequence[TokenIds], *, deadline_s: float | None = None, priority: Priority = "interactive"
+    ) -> Answer:
+        """Classify texts that are tokenised already, by the champion's `encoder`.
+
+        Raises:
+            OverloadedError, DeadlineExceededError, ShuttingDownError: see `TokenBatcher.submit`.
+            UnavailableError: no bundle is loaded yet.
+        """
+        model = self._current()
+        return Answer(model.bundle, await model.batcher.submit(token_ids, priority=priority, deadline_s=deadline_s))
 
     async def close(self) -> None:
         """Answer what was taken, refuse what comes, free the engine."""
-        if self._loaded is not None:
-            await self._loaded.batcher.drain()
-        await asyncio.gather(*self._retiring)
-        if self._loaded is not None:
-            self._loaded.engine.close()
+        trial = self._trial
+        if trial is not None:
+            await trial.shadow.close()
+        models = self._models()
+        await asyncio.gather(*(model.batcher.drain() for model in models), *self._retiring)
+        for model in models:
+            model.engine.close()
+        if self._cache is not None:
+            await self._cache.close()
         self._engine_thread.shutdown(wait=False)
         self._other_thread.shutdown(wait=False)
 
-    def _current(self) -> _Loaded:
-        if self._loaded is None:
+    # --- classifying
+
+    def _current(self) -> Model:
+        if self._champion is None:
             raise UnavailableError("The model is not loaded yet; try again in a moment.")
-        return self._loaded
+        return self._champion
 
-    def _open(self, bundle: Bundle) -> _Loaded:
-        engine = self._engine_for(bundle, self._threads)
-        check_golden(bundle, engine)  # runs the engine, so it is warm too
+    def _models(self) -> list[Model]:
+        found = [] if self._champion is None else [self._champion]
+        return found if self._trial is None else [*found, self._trial.model]
 
-        def run(token_ids: list[TokenIds]) -> list[Scores]:
-            # Six digits are more than the model knows, and half the bytes of the answer.
-            scores: list[Scores] = engine.classify(token_ids).astype("float64").round(6).tolist()
-            return scores
+    async def _classify_by_champion(
+        self, texts: Sequence[str], deadline_s: float | None, long_text: LongText, priority: Priority
+    ) -> Answer:
+        while True:
+            model = self._current()
+            try:
+                model.batcher.admit(len(texts), priority)
+                encoded = await model.encode(texts, long_text, self._other_thread)
+                rows = await model.batcher.submit(encoded.rows, priority=priority, deadline_s=deadline_s)
+            except ShuttingDownError:
+                if model is self._champion:
+                    raise
+                continue  # the bundle was changed while the texts were prepared for the old one
+            return Answer(model.bundle, encoded.merge(rows))
 
-        async def classify(token_ids: list[TokenIds]) -> list[Scores]:
-            return await asyncio.get_running_loop().run_in_executor(self._engine_thread, run, token_ids)
+    async def _classify_on_trial(self, request: "_Request", request_id: bytes | None) -> Answer:
+        trial = self._trial
+        if trial is not None and trial.canary.takes(request_id):
+            answer = await self._classify_by_challenger(trial, request)
+            if answer is not None:
+                return answer
+        model = self._current()
+        keys: list[bytes] = []
+        found: list[Scores | None] = [None] * len(request.texts)
+        if self._cache is not None:
+            keys = [key_of(text, model.bundle.version, request.long_text) for text in request.texts]
+            found = await self._cache.find(keys)
+        missing = [index for index, scores in enumerate(found) if scores is None]
+        if not missing:
+            return Answer(model.bundle, list(found))  # type: ignore[arg-type]  # none is missing
+        texts = request.texts if len(missing) == len(found) else [request.texts[index] for index in missing]
+        started = time.monotonic()
+        answer = await self._classify_by_champion(texts, request.deadline_s, request.long_text, request.priority)
+        if trial is not None:
+            self._note(trial, request, started, failed=_has_failed(answer.rows), by_challenger=False)
+            trial.shadow.offer(texts, answer.rows, answer.bundle.labels)
+        if answer.bundle is not model.bundle:  # changed meanwhile: what was found is the old one's
+            if len(missing) < len(found):
+                return await self._classify_on_trial(request, request_id)
+            return answer
+        if self._cache is not None:
+            fresh = [(keys[i], row) for i, row in zip(missing, answer.rows, strict=True) if isinstance(row, list)]
+            await self._cache.keep(fresh)
+        if len(missing) == len(found):
+            return answer
+        rows: list[Scores | Exception] = list(found)  # type: ignore[arg-type]  # what is None is filled in below
+        for index, row in zip(missing, answer.rows, strict=True):
+            rows[index] = row
+        return Answer(model.bundle, rows)
 
-        batcher = TokenBatcher[Scores](classify, limits=self._limits, observe=_observe)
-        return _Loaded(bundle, TextEncoder(bundle), engine, batcher)
+    async def _classify_by_challenger(self, trial: Trial, request: "_Request") -> Answer | None:
+        """Its answer; None when it has none and the champion must give one."""
+        model, started = trial.model, time.monotonic()
+        try:
+            encoded = await model.encode(request.texts, request.long_text, self._other_thread)
+            rows = await model.batcher.submit(encoded.rows, priority=request.priority, deadline_s=request.deadline_s)
+        except ShuttingDownError:
+            return None
+        except DeadlineExceededError:
+            self._note(trial, request, started, failed=True, by_challenger=True)
+            raise
+        failed = _has_failed(rows)
+        self._note(trial, request, started, failed=failed, by_challenger=True)
+        metrics.CANARY_REQUESTS.labels("failed" if failed else "answered").inc()
+        return None if failed else Answer(model.bundle, encoded.merge(rows))
 
-    async def _encode(self, encoder: TextEncoder, texts: Sequence[str]) -> list[TokenIds]:
-        if sum(map(len, texts)) <= _INLINE_CHARS:
-            return encoder.encode(texts)
-        loop = asyncio.get_running_loop()
-        token_ids: list[TokenIds] = []
-        # By the slice, so that a small request does not wait for the whole of a large one.
-        for start in range(0, len(texts), _SLICE_TEXTS):
-            part = texts[start : start + _SLICE_TEXTS]
-            token_ids += await loop.run_in_executor(self._other_thread, encoder.encode, part)
-        return token_ids
+    def _note(self, trial: Trial, request: "_Request", started: float, *, failed: bool, by_challenger: bool) -> None:
+        """Count one request for the canary, which may end it."""
+        seconds = time.monotonic() - started if request.priority == "interactive" else None
+        if trial.canary.note(by_challenger=by_challenger, seconds=seconds, failed=failed):
+            metrics.CANARY_ROLLBACKS.inc()
+            metrics.CANARY_SHARE.set(0.0)
+            self._weigh()
+            version = trial.model.bundle.version
+            get_logger().error("canary.rolled_back", model_version=version, reason=trial.canary.reason)
 
-    async def _retire(self, old: _Loaded) -> None:
-        await old.batcher.drain()
-        old.engine.close()
+    # --- loading
+
+    async def _load_champion(self, path: Path | None) -> Bundle:
+        bundle = await self._opened(path)
+        old = self._champion
+        if old is not None and old.bundle.version == bundle.version:
+            return old.bundle
+        trial = self._trial
+        if trial is not None and trial.model.bundle.version == bundle.version:
+            # It is loaded, warm and checked already.
+            await trial.shadow.close()
+            self._champion, self._trial = trial.model, None
+        else:
+            self._champion = await self._model_of(bundle)
+        self._weigh()
+        if old is not None:
+            self._retire(old)
+        get_logger().info("bundle.loaded", model_version=bundle.version, replaced=old.bundle.version if old else None)
+        return bundle
+
+    async def _try_challenger(self, options: LiveOptions) -> None:
+        model: Model | None = None
+        old = self._trial
+        if options.challenger is not None:
+            try:
+                model = await self._challenger_of(options.challenger)
+            except BundleError as error:
+                self._refuse("challenger", Path(options.challenger), error)
+        if model is None:
+            self._trial = None
+        elif old is None or old.model is not model or options.revision != self.revision:
+            canary = Canary(options.canary, options.limits)
+            shadow = Shadow(model, options.shadow, self._turns, lambda: self.waiting > 0)
+            self._trial = Trial(model, canary, shadow)
+        if old is not None and old is not self._trial:
+            await old.shadow.close()
+            if old.model is not model:
+                self._retire(old.model)
+        self._weigh()
+        metrics.CANARY_SHARE.set(self._trial.canary.share if self._trial else 0.0)
+
+    async def _challenger_of(self, folder: str) -> Model:
+        bundle = await self._opened(Path(folder))
+        champion = self._current()
+        if bundle.version == champion.bundle.version:
+            raise BundleError(f"{folder}: is the champion already")
+        if bundle.labels != champion.bundle.labels:
+            raise BundleError(f"{folder}: its labels {bundle.labels} are not the champion's {champion.bundle.labels}")
+        if self._trial is not None and self._trial.model.bundle.version == bundle.version:
+            return self._trial.model
+        return await self._model_of(bundle)
+
+    async def _opened(self, path: Path | None) -> Bundle:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._other_thread, load_bundle, path)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+
+    async def _model_of(self, bundle: Bundle) -> Model:
+        def open_() -> Model:
+            engine = self._engine_for(bundle, self._threads)
+            try:
+                return open_model(bundle, engine, limits=self._limits, turns=self._turns)
+            except BundleError:
+                engine.close()
+                raise
+
+        return await asyncio.get_running_loop().run_in_executor(self._other_thread, open_)
+
+    def _weigh(self) -> None:
+        """Share the engine thread by the share of requests each bundle gets."""
+        trial = self._trial
+        if trial is None or self._champion is None:
+            self._turns.weigh({})
+            return
+        share = trial.canary.share
+        champion, challenger = self._champion.bundle.version, trial.model.bundle.version
+        # What is left in a canary's queue when it ends must still be run.
+        self._turns.weigh({champion: 1.0 - share, challenger: max(share, 0.05), SHADOW_LANE: 0.0})
+
+    def _retire(self, model: Model) -> None:
+        task = asyncio.get_running_loop().create_task(model.retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _refuse(self, role: str, folder: Path | None, error: BundleError) -> None:
+        metrics.BUNDLES_REFUSED.labels(role).inc()
+        self.refusals.append(
+            Refusal(role, str(folder or "the bundle in the package"), error.message, datetime.now(UTC))
+        )
+        kept = self._champion.bundle.version if self._champion else None
+        get_logger().error("bundle.refused", role=role, reason=error.message, kept=kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    texts: Sequence[str]
+    deadline_s: float | None
+    long_text: LongText
+    priority: Priority
+
+
+def _has_failed(rows: Sequence[Scores | Exception]) -> bool:
+    return any(isinstance(row, EngineError) for row in rows)
 
 
 _TEXTS = {name: metrics.TEXTS.labels(name) for name in ("interactive", "bulk")}
-_REAL, _PADDING = metrics.BATCH_TOKENS.labels("real"), metrics.BATCH_TOKENS.labels("padding")
-
-
-def _observe(report: BatchReport) -> None:
-    metrics.BATCH_TEXTS.observe(report.texts)
-    metrics.QUEUE_SECONDS.observe(report.queue_s)
-    metrics.ENGINE_SECONDS.observe(report.engine_s)
-    metrics.QUEUE_TEXTS.set(report.waiting)
-    _REAL.inc(report.tokens)
-    _PADDING.inc(report.padded_tokens - report.tokens)
