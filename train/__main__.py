@@ -87,6 +87,7 @@ class _Job:
             tempfile.TemporaryDirectory(prefix="overtone-") as scratch,
         ):
             weights = Path(scratch) / "weights"
+            soft_labels = self._soft_labels(split, Path(scratch))
             with ray_cluster(address), RunProgress(self.console) as progress:
                 self.console.print(f"run {name}, checkpoints in {storage}")
 
@@ -94,11 +95,30 @@ class _Job:
                     progress.report(metrics)
                     tracker.metrics(metrics, metrics["step"])
 
-                spec = RunSpec(name, self.train, self.validation, storage)
+                spec = RunSpec(name, self.train, self.validation, storage, soft_labels)
                 best = run_training(self.config, spec, follow, weights)
             exported = self._publish(weights, split, best)
             tracker.metrics({"bundle_macro_recall": exported.scores.macro_recall}, best["step"])
             tracker.bundle(self.output)
+
+    def _soft_labels(self, split: Split, folder: Path) -> Path | None:
+        teachers = self.config.distillation.teachers
+        if not teachers:
+            return None
+        import random
+
+        import numpy as np
+
+        from train.data import augment
+        from train.distil import soft_labels
+        from train.progress import counted
+
+        # As the teachers were evaluated: a link tells them where a text is from, not what it says.
+        texts = augment(split.train.texts, random.Random(0), drop_links=1.0, drop_mentions=0.0)
+        with counted(self.console, "reading the training texts with the teachers") as progress:
+            found = soft_labels(teachers, split.train, texts, len(self.config.data.labels), progress)
+        np.save(folder / "soft_labels.npy", found)
+        return folder / "soft_labels.npy"
 
     def _publish(self, weights: Path, split: Split, best: dict[str, Any]) -> "Exported":
         from train.publish import publish

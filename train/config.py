@@ -80,6 +80,25 @@ class OptimiserConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32)
 
 
+class TeacherConfig(Section):
+    """A trained model that the run learns from."""
+
+    weights: str = Field(min_length=1)
+    """Folder `weights` of a checkpoint."""
+    prior_tau: float = Field(0.0, ge=0)
+    """The `optimiser.prior_tau` it was trained with."""
+    max_length: int = Field(128, ge=8, le=512)
+
+
+class DistillationConfig(Section):
+    """Learning from teachers beside the labels."""
+
+    teachers: tuple[TeacherConfig, ...] = ()
+    """Their probabilities are averaged. None: labels alone."""
+    weight: float = Field(0.7, ge=0, le=1)
+    """Share of the loss that is against the teachers' probabilities."""
+
+
 class ClusterConfig(Section):
     """What the run takes of the Ray cluster."""
 
@@ -129,6 +148,7 @@ class TrainConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
+    distillation: DistillationConfig = DistillationConfig()
     cluster: ClusterConfig = ClusterConfig()
     export: ExportConfig = ExportConfig()
     card: CardConfig = CardConfig()

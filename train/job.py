@@ -38,6 +38,8 @@ class RunSpec:
     validation: Path
     storage: str
     """Folder or address where checkpoints go; on a cluster of several machines, one that all of them reach."""
+    soft_labels: Path | None = None
+    """File of the teachers' probabilities, which every worker must reach too."""
 
 
 @contextmanager
@@ -102,6 +104,7 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Pa
             "config": config.model_dump(mode="json"),
             "train": str(spec.train.resolve()),
             "validation": str(spec.validation.resolve()),
+            "soft_labels": str(spec.soft_labels.resolve()) if spec.soft_labels else None,
         },
         scaling_config=_scaling(config.cluster),
         run_config=RunConfig(

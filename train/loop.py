@@ -29,10 +29,12 @@ _HEAD_SEED = 7
 
 
 def train_loop_per_worker(values: dict[str, Any]) -> None:
-    """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `train` and `validation` (paths)."""
+    """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `train` and `validation` (paths),
+    `soft_labels` (path of an array of probabilities [training texts, labels], or None)."""
     config = TrainConfig.model_validate(values["config"])
     split = read_split(Path(values["train"]), Path(values["validation"]), config.data.labels)
-    run = _Run(config, split)
+    soft = np.load(values["soft_labels"]) if values["soft_labels"] else None
+    run = _Run(config, split, soft)
     run.resume(ray.train.get_checkpoint())
     for epoch in range(run.epoch, run.epochs):
         run.train_epoch(epoch)
@@ -51,10 +53,10 @@ class _Progress:
 class _Run:
     """One worker's share of a run: the model, what changes it, and the counters."""
 
-    def __init__(self, config: TrainConfig, split: Split) -> None:
+    def __init__(self, config: TrainConfig, split: Split, soft: NDArray[np.float32] | None) -> None:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.config, self.split = config, split
+        self.config, self.split, self.soft = config, split, soft
         self.settings = config.optimiser
         self.device = ray.train.torch.get_device()
         self.progress = _Progress()
@@ -77,7 +79,7 @@ class _Run:
         factor = learning_rate_factor(self.settings, self.steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
         prior = torch.from_numpy(log_prior(split.train.labels, len(config.data.labels))).to(self.device)
-        self.loss = make_loss(self.settings, prior)
+        self.loss = make_loss(self.settings, prior, config.distillation.weight)
 
     @property
     def epoch(self) -> int:
@@ -96,7 +98,7 @@ class _Run:
         self.model.train()
         for number, batch in enumerate(batches, start=1):
             mine = share_of(batch, self.rank, self.world)
-            watch.add(self._step([rows[row] for row in mine], self.split.train.labels[mine]), len(batch))
+            watch.add(self._step([rows[row] for row in mine], mine), len(batch))
             last = number == len(batches)
             if last or self._evaluation_is_due(number, len(batches)):
                 self._evaluate_and_report(epoch, watch, checkpoint=last)
@@ -107,10 +109,12 @@ class _Run:
         # Not right before the one that ends the epoch.
         return number % self.evaluate_every == 0 and batches - number >= self.evaluate_every // 2
 
-    def _step(self, rows: list[list[int]], labels: NDArray[np.int64]) -> torch.Tensor:
+    def _step(self, rows: list[list[int]], batch: list[int]) -> torch.Tensor:
         with self._autocast():
             logits = self.model(**self._inputs(rows)).logits
-        loss = self.loss(logits, torch.from_numpy(labels).to(self.device))
+        labels = torch.from_numpy(self.split.train.labels[batch]).to(self.device)
+        soft = torch.from_numpy(self.soft[batch]).to(self.device) if self.soft is not None else None
+        loss = self.loss(logits, labels, soft)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.bare.parameters(), self.settings.clip_norm)
         self.optimiser.step()

@@ -14,16 +14,23 @@ _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 _UNDECAYED = re.compile(r"(?:bias|LayerNorm\.weight|layer_norm\.weight|norm\.weight)$")
 
 
-def make_loss(config: OptimiserConfig, log_prior: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(
+    config: OptimiserConfig, log_prior: Tensor, soft_weight: float = 0.0
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Cross-entropy of (logits [rows, labels], labels [rows]) with the class prior added to the logits.
+
+    A third argument holds the teachers' probabilities [rows, labels]: `soft_weight` of the loss is against them.
 
     The sum belongs to the loss alone: the model learns what is left when the prior is known, so that its own logits
     treat all labels as equally likely beforehand (Menon et al. 2021, "Long-tail learning via logit adjustment").
     """
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
         adjusted = logits.float() + config.prior_tau * log_prior
-        return nn.functional.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing)
+        hard_loss = nn.functional.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing)
+        if soft is None:
+            return hard_loss
+        return (1 - soft_weight) * hard_loss + soft_weight * nn.functional.cross_entropy(adjusted, soft)
 
     return loss
 

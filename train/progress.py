@@ -1,6 +1,7 @@
 """Showing a run while it goes: a bar on a terminal, plain lines elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +49,25 @@ class RunProgress:
             )
         if "macro_recall" in metrics or not self._bar:
             self._console.print(line(metrics), highlight=False)
+
+
+@contextmanager
+def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that shows how much of `what` is done: a bar on a terminal, a line at every tenth elsewhere."""
+    shown = 0
+
+    def as_line(done: int, total: int) -> None:
+        nonlocal shown
+        if done * 10 // total > shown:
+            shown = done * 10 // total
+            console.print(f"{what}: {done}/{total}", highlight=False)
+
+    if not console.is_terminal:
+        yield as_line
+        return
+    with Progress(console=console) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def line(metrics: Mapping[str, Any]) -> str:

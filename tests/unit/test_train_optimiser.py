@@ -40,10 +40,20 @@ def test_every_parameter_is_in_one_group_with_its_rate() -> None:
 def test_the_prior_is_in_the_loss_alone() -> None:
     prior = torch.tensor([0.1, 0.6, 0.3]).log()
     logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
-    adjusted = make_loss(OptimiserConfig(prior_tau=1.0), prior)(logits, labels)
+    adjusted = make_loss(OptimiserConfig(prior_tau=1.0), prior)(logits, labels, None)
     assert adjusted.item() == pytest.approx(-(torch.tensor([0.1, 0.6]).log().mean().item()))
-    plain = make_loss(OptimiserConfig(), prior)(logits, labels)
+    plain = make_loss(OptimiserConfig(), prior)(logits, labels, None)
     assert plain.item() == pytest.approx(torch.tensor(3.0).log().item())
+
+
+def test_the_loss_is_shared_between_labels_and_teachers() -> None:
+    logits, labels = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([2])
+    soft = torch.tensor([[0.5, 0.3, 0.2]])
+    log_probabilities = logits.log_softmax(dim=-1)[0]
+    loss = make_loss(OptimiserConfig(), torch.zeros(3), soft_weight=0.75)
+    expected = -0.25 * log_probabilities[2] - 0.75 * (soft[0] * log_probabilities).sum()
+    assert loss(logits, labels, soft).item() == pytest.approx(expected.item())
+    assert loss(logits, labels, None).item() == pytest.approx(-log_probabilities[2].item())
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

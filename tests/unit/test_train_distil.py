@@ -1,0 +1,75 @@
+"""What teachers say of texts, averaged."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from overtone.errors import ConfigurationError
+from train.config import TeacherConfig
+from train.data import LabelledTexts
+from train.distil import soft_labels
+from train.encoder import locate
+
+ROWS = LabelledTexts(("a", "b c", "d", "e"), np.array([0, 1, 1, 2]))
+TEXTS = ["a fine day", "no", "the meeting is at noon, as it always was and always will be", "a"]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
+    folders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        shape = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=3,
+            initializer_range=1.0,
+        )
+        folder = tmp_path_factory.mktemp("teacher")
+        BertForSequenceClassification(shape).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+def said(folders: list[Path], texts: list[str], tau: float = 0.0) -> np.ndarray:
+    teachers = [TeacherConfig(weights=str(folder), prior_tau=tau) for folder in folders]
+    return soft_labels(teachers, ROWS, texts, 3, lambda done, total: None)
+
+
+def test_the_mean_of_all_in_the_order_of_the_texts(teachers: list[Path]) -> None:
+    both = said(teachers, TEXTS)
+
+    assert both.shape == (4, 3)
+    np.testing.assert_allclose(both.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(both, (said(teachers[:1], TEXTS) + said(teachers[1:], TEXTS)) / 2, rtol=1e-5)
+    for index, text in enumerate(TEXTS):
+        np.testing.assert_allclose(said(teachers, [text])[0], both[index], rtol=1e-3)
+
+
+def test_the_prior_that_a_teacher_left_out_comes_back(teachers: list[Path]) -> None:
+    plain, adjusted = said(teachers[:1], TEXTS), said(teachers[:1], TEXTS, tau=1.0)
+
+    weighed = plain * np.array([0.25, 0.5, 0.25])
+    np.testing.assert_allclose(adjusted, weighed / weighed.sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+def test_progress_is_told_up_to_the_end(teachers: list[Path]) -> None:
+    told: list[tuple[int, int]] = []
+    configs = [TeacherConfig(weights=str(folder)) for folder in teachers]
+    soft_labels(configs, ROWS, TEXTS, 3, lambda done, total: told.append((done, total)))
+    assert told[-1] == (8, 8)
+
+
+def test_a_teacher_that_is_not_there_or_not_of_the_same_labels(teachers: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        said([tmp_path], TEXTS)
+    with pytest.raises(ConfigurationError, match="knows 3 labels, the run 2"):
+        soft_labels([TeacherConfig(weights=str(teachers[0]))], ROWS, TEXTS, 2, lambda done, total: None)

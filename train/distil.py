@@ -1,0 +1,72 @@
+"""Soft labels: what trained teachers say of the training texts, for a student to learn from beside the labels.
+
+The mean of several models' probabilities tells how sure one may be of a text, which a single label given by a few
+people does not (Hinton et al. 2015, "Distilling the knowledge in a neural network").
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from overtone.errors import ConfigurationError
+from train.config import TeacherConfig
+from train.data import LabelledTexts, log_prior, pad
+from train.encoder import encoder_of, open_trained
+
+_BATCH_TOKENS = 8192
+
+Progress = Callable[[int, int], None]
+"""Takes the texts that are done and all there are."""
+
+
+def soft_labels(
+    teachers: Sequence[TeacherConfig], rows: LabelledTexts, texts: Sequence[str], labels: int, progress: Progress
+) -> NDArray[np.float32]:
+    """The mean probability of each label over `teachers`, float32 [texts, labels].
+
+    `rows` are what the teachers were trained on, for the class prior that was left out of their logits; `texts` are
+    their texts as the teachers shall read them.
+
+    Raises:
+        ConfigurationError: a teacher cannot be read or has other labels.
+    """
+    prior = torch.from_numpy(log_prior(rows.labels, labels))
+    total = np.zeros((len(texts), labels), dtype=np.float64)
+    for number, teacher in enumerate(teachers):
+        model, tokenizer = _open(teacher, labels)
+        encoded = encoder_of(tokenizer, teacher.max_length)(texts)
+        done = number * len(texts)
+        for batch in _batches(encoded):
+            ids, mask = pad([encoded[row] for row in batch], tokenizer.pad_token_id)
+            with torch.inference_mode():
+                logits = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.float()
+            total[batch] += torch.softmax(logits + teacher.prior_tau * prior, dim=-1).double().numpy()
+            done += len(batch)
+            progress(done, len(teachers) * len(texts))
+    return (total / len(teachers)).astype(np.float32)
+
+
+def _open(teacher: TeacherConfig, labels: int) -> tuple[Any, Any]:
+    try:
+        model, tokenizer = open_trained(Path(teacher.weights))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"distillation.teachers: {teacher.weights} cannot be read: {error}") from None
+    if model.config.num_labels != labels:
+        raise ConfigurationError(
+            f"distillation.teachers: {teacher.weights} knows {model.config.num_labels} labels, the run {labels}"
+        )
+    return model, tokenizer
+
+
+def _batches(encoded: Sequence[Sequence[int]]) -> list[list[int]]:
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    batches: list[list[int]] = []
+    while order:
+        size = max(_BATCH_TOKENS // len(encoded[order[-1]]), 1)
+        batches.append(order[-size:])
+        order = order[:-size]
+    return batches
