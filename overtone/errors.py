@@ -5,11 +5,13 @@
     ├── InvalidInputError         the caller's data breaks a documented limit
     │   ├── MalformedError        the body cannot be parsed at all
     │   ├── TooLargeError         the body, batch or text is over its limit
+    │   ├── TooSlowError          the body did not arrive in time
     │   └── UnsupportedMediaTypeError  the body is not of the type this call takes
     ├── UnauthorizedError         no credentials, or credentials that are not known
     │   └── ForbiddenError        known credentials without the scope
     ├── NotFoundError             nothing is stored under that id
     ├── OverloadedError           the queue is at its bound; try again after `retry_after_s`
+    │   └── QuotaExceededError    the caller has used up a limit of its own
     ├── DeadlineExceededError     the answer would come too late to be of use
     ├── UnavailableError          a part this needs is not reachable now
     │   ├── ShuttingDownError     the replica is draining
@@ -78,6 +80,13 @@ class TooLargeError(InvalidInputError):
     code = "too_large"
 
 
+class TooSlowError(InvalidInputError):
+    """The request body did not arrive in time."""
+
+    code = "too_slow"
+    retryable = True
+
+
 class UnsupportedMediaTypeError(InvalidInputError):
     """The request body is not of a type this call takes."""
 
@@ -112,6 +121,12 @@ class OverloadedError(OvertoneError):
     def retry_after_s(self) -> float:
         """Seconds after which room is likely."""
         return float(self.details.get("retry_after_s", 1.0))
+
+
+class QuotaExceededError(OverloadedError):
+    """A limit of the API key is used up."""
+
+    code = "quota_exceeded"
 
 
 class DeadlineExceededError(OvertoneError):

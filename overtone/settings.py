@@ -210,8 +210,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=10_000_000,
-        description="Texts whose scores each replica remembers, 350 bytes each; with REDIS_URL they are in Redis, which "
-        "bounds their number itself. 0 to 10000000; 0 for no cache.",
+        description="Texts whose scores each replica remembers, 350 bytes each; with REDIS_URL they are in Redis, "
+        "which bounds their number itself. 0 to 10000000; 0 for no cache.",
     )
     cache_ttl_s: int = Field(
         3600, ge=1, le=2_592_000, description="Seconds that scores stay in Redis. 1 to 2592000 (30 days)."

@@ -1,4 +1,4 @@
-"""Who may call: API keys and browser sessions, known by the SHA-256 of their secret.
+"""Who may call, and how much: API keys and browser sessions, known by the SHA-256 of their secret, and tokens.
 
 The keys are read from a store in the background and kept in memory, so that checking one costs a hash and a look-up,
 and a database that is away stops nobody who was known before. Comparing digests instead of secrets leaves nothing to
@@ -14,13 +14,16 @@ from hashlib import sha256
 from typing import Protocol
 
 from fastapi import Request
+from starlette.types import Scope
 
 from overtone.errors import ForbiddenError, OverloadedError, OvertoneError, UnauthorizedError
 from overtone.logging import get_logger
+from serve.quotas import Allowance, Quotas
 
 SESSION_COOKIE = "overtone_session"
 _MAX_UNKNOWN = 4096
 _MAX_LOOKUPS = 64
+_LIMITED = "overtone.limited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,10 @@ class Identity:
     key_id: str
     scopes: frozenset[str]
     expires_at: datetime | None = None
+    account: str = ""
+    """What use is counted under; empty for `key_id`."""
+    allowance: Allowance | None = None
+    """How much may be used; None for no limit."""
 
 
 class KeyStore(Protocol):
@@ -41,6 +48,18 @@ class KeyStore(Protocol):
 
     async def find(self, digest: bytes) -> Identity | None:
         """The key or session in force with `digest`."""
+        ...
+
+
+class Tokens(Protocol):
+    """What checks JSON Web Tokens."""
+
+    async def check(self, token: str) -> Identity:
+        """The caller that `token` speaks for."""
+        ...
+
+    async def keep_fresh(self) -> None:
+        """Keep what tokens are checked with fresh for as long as the task runs."""
         ...
 
 
@@ -82,9 +101,7 @@ class KeyRing:
             identity = await self._look_up(digest)
         if identity is None or (identity.expires_at is not None and identity.expires_at <= datetime.now(UTC)):
             raise UnauthorizedError("The API key is not known, was revoked or has expired.")
-        if scope not in identity.scopes and "admin" not in identity.scopes:
-            raise ForbiddenError(f"The API key does not have the scope {scope!r}.", scope=scope)
-        return identity
+        return _allowed(identity, scope)
 
     def knows(self, secret: str) -> bool:
         """Whether `secret` was in force when the store was last reached."""
@@ -140,10 +157,22 @@ class KeyRing:
 class Gate:
     """Whether a request may pass."""
 
-    def __init__(self, keys: KeyRing, *, api_key_header: str = "X-API-Key") -> None:
-        """`api_key_header` names the header that carries a key; a bearer token and the session cookie do too."""
+    def __init__(
+        self,
+        keys: KeyRing,
+        *,
+        api_key_header: str = "X-API-Key",
+        tokens: Tokens | None = None,
+        quotas: Quotas | None = None,
+    ) -> None:
+        """`api_key_header` names the header that carries a key; a bearer token and the session cookie do too.
+
+        Without `tokens` no JSON Web Token is taken.
+        """
         self.keys = keys
         self.api_key_header = api_key_header
+        self.quotas = quotas or Quotas()
+        self._tokens = tokens
         self._key_header = api_key_header.lower().encode("latin-1")
 
     async def authorise(self, request: Request, scope: str) -> Identity:
@@ -151,8 +180,40 @@ class Gate:
 
         Raises:
             UnauthorizedError, ForbiddenError, DatabaseUnavailableError, OverloadedError: see `KeyRing.check`.
+            UnavailableError: the keys that check tokens have never been fetched.
         """
-        return await self.keys.check(self._secret(request), scope)
+        secret = self._secret(request)
+        if self._tokens is not None and secret is not None and secret.count(".") == 2:
+            identity = _allowed(await self._tokens.check(secret), scope)
+        else:
+            identity = await self.keys.check(secret, scope)
+        if identity.allowance is not None:
+            request.scope[_LIMITED] = identity
+        return identity
+
+    async def spend(self, identity: Identity, texts: int) -> None:
+        """Count a request of `texts` texts against the limits of `identity`; 0 for one that classifies nothing.
+
+        Raises:
+            QuotaExceededError: a limit is used up; it says for how long.
+            TooLargeError: the request alone is over a limit.
+        """
+        if identity.allowance is not None:
+            await self.quotas.spend(identity.account or identity.key_id, identity.allowance, texts)
+
+    def limit_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """What tells the caller of an authorised request about the limits; empty for one without."""
+        identity: Identity | None = scope.get(_LIMITED)
+        if identity is None or identity.allowance is None:
+            return []
+        return self.quotas.headers(identity.account or identity.key_id, identity.allowance)
+
+    async def keep_fresh(self) -> None:
+        """Keep keys fresh for as long as the task runs."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.keys.keep_fresh())
+            if self._tokens is not None:
+                group.create_task(self._tokens.keep_fresh())
 
     def _secret(self, request: Request) -> str | None:
         """The secret a request carries: the key header wins over a bearer token, and that over the cookie."""
@@ -166,6 +227,12 @@ class Gate:
             elif name == b"cookie":
                 has_cookie = True
         return bearer or (request.cookies.get(SESSION_COOKIE) if has_cookie else None)
+
+
+def _allowed(identity: Identity, scope: str) -> Identity:
+    if scope not in identity.scopes and "admin" not in identity.scopes:
+        raise ForbiddenError(f"The API key does not have the scope {scope!r}.", scope=scope)
+    return identity
 
 
 def _digest(secret: str) -> bytes:

@@ -45,8 +45,6 @@ def file_response(path: str) -> Response:
         raise NotFoundError("There is no such file.")
     headers = {
         "content-security-policy": _PAGE_POLICY,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
         "cache-control": "no-cache",
         "content-type": kind,
     }

@@ -14,12 +14,16 @@ from uuid import uuid4
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overtone import __version__, errors, metrics
-from serve.auth import SESSION_COOKIE
+from serve.auth import SESSION_COOKIE, Gate
+from serve.encodings import MIN_GZIP_BYTES
+from serve.inference import InferenceRoutes
+from serve.models import ModelRoutes
 from serve.openapi import ROUTES, describe
 from serve.pages import PageRoutes
 from serve.prediction import PredictionRoutes
@@ -30,29 +34,39 @@ from serve.sessions import SessionRoutes
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 HOT_ROUTES = {("POST", "/predict"): "predict", ("POST", "/predict/batch"): "predict_batch"}
 """The routes that skip the framework, and their handlers."""
+_SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+)
+"""On every answer. The page's own policy of contents is in `serve.files`."""
 
 
 def create_app(service: Service) -> ASGIApp:
     """The whole API over `service`."""
     handlers = _handlers(service)
     framework = _framework(service, handlers)
-    app: ASGIApp = _Dispatch(framework, {route: handlers[name] for route, name in HOT_ROUTES.items()})
+    packing = GZipMiddleware(framework, minimum_size=MIN_GZIP_BYTES, compresslevel=1)
+    app: ASGIApp = _Dispatch(packing, {route: handlers[name] for route, name in HOT_ROUTES.items()})
     if service.cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=service.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=[service.gate.api_key_header, "Authorization", "Content-Type", "X-Request-ID"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
         )
-    return _Edge(app, service.sends_request_id)
+    return _Edge(app, service.gate, sends_id=service.sends_request_id)
 
 
 class _Edge:
-    """Outermost: the request's id on every answer, and its count and duration."""
+    """Outermost: what every answer carries in its headers, and the request's count and duration."""
 
-    def __init__(self, app: ASGIApp, sends_id: bool) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, *, sends_id: bool) -> None:
         self._app = app
+        self._gate = gate
         self._sends_id = sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,16 +77,18 @@ class _Edge:
         request_id = scope["overtone.request_id"] = _request_id(scope)
         status = 0
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = [*message.get("headers", ()), *_SAFE_HEADERS, *self._gate.limit_headers(scope)]
                 if self._sends_id:
-                    message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                    headers.append((b"x-request-id", request_id))
+                message["headers"] = headers
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_headers)
         finally:
             method, route = scope["method"], _route(scope)
             if method not in _METHODS:
@@ -85,7 +101,7 @@ class _Edge:
 class _Dispatch:
     """Sends the hot routes straight to their handlers and all else to the framework."""
 
-    def __init__(self, framework: FastAPI, hot: Mapping[tuple[str, str], Handler]) -> None:
+    def __init__(self, framework: ASGIApp, hot: Mapping[tuple[str, str], Handler]) -> None:
         self._framework = framework
         self._hot = hot
 
@@ -107,7 +123,7 @@ class _Dispatch:
 
 def _handlers(service: Service) -> dict[str, Handler]:
     """The handler of each route, by the name `ROUTES` gives it."""
-    groups = [PredictionRoutes(service), PageRoutes(service), SessionRoutes(service)]
+    groups = [PredictionRoutes(service), InferenceRoutes(service), PageRoutes(service), SessionRoutes(service), ModelRoutes(service)]
     return {
         route.handler: next(getattr(g, route.handler) for g in groups if hasattr(g, route.handler)) for route in ROUTES
     }

@@ -19,6 +19,7 @@ STATUS: Mapping[type[errors.OvertoneError], int] = {
     errors.OvertoneError: 500,
     errors.InvalidInputError: 422,
     errors.MalformedError: 400,
+    errors.TooSlowError: 408,
     errors.TooLargeError: 413,
     errors.UnsupportedMediaTypeError: 415,
     errors.UnauthorizedError: 401,
@@ -45,7 +46,7 @@ def problem(request: Request, error: Exception) -> dict[str, Any]:
         code, detail, details = ours.code, ours.message, ours.details
         title = (type(ours).__doc__ or "").strip().splitlines()[0].rstrip(".")
         status = status_of(ours)
-    return {
+    described = {
         "type": f"urn:overtone:problem:{code}",
         "title": title,
         "status": status,
@@ -54,6 +55,8 @@ def problem(request: Request, error: Exception) -> dict[str, Any]:
         "request_id": request.scope.get("overtone.request_id", b"").decode("latin-1"),
         "errors": [asdict(item) for item in details.get("errors", ()) if isinstance(item, FieldError)],
     }
+    # What clients of the Open Inference Protocol look for.
+    return described | {"error": detail} if request.scope.get("path", "").startswith("/v2") else described
 
 
 def problem_response(request: Request, error: Exception) -> Response:

@@ -3,7 +3,6 @@
 import contextlib
 from asyncio import Task, get_running_loop
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,12 +15,17 @@ from overtone.metrics import forget_dead_processes
 from overtone.settings import Settings, load_settings
 from serve.auth import Gate, KeyRing
 from serve.batcher import Limits
+from serve.cache import Cache, MemoryCache, RedisCache
 from serve.classifier import Classifier
 from serve.environment import DEPLOYMENT, is_loopback
 from serve.http import create_app
+from serve.quotas import Allowance, Quotas
+from serve.rollout import LiveOptions
+from serve.scaling import LoadMeter
 from serve.service import Service
 from serve.shortcut import Shortcut
 from serve.store import Store
+from serve.tokens import open_tokens
 
 
 class ReplicaOptions(BaseModel):
@@ -35,15 +39,6 @@ class ReplicaOptions(BaseModel):
     bulk_deadline_s: float = 600.0
 
 
-class LiveOptions(BaseModel):
-    """What changes while replicas run: Serve's `user_config`. Public within the cluster, so it holds no secret."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bundle: str | None = None
-    """Folder of the bundle to serve. Unset: the setting BUNDLE, or the bundle in the package."""
-
-
 class Replica:
     """Answers HTTP with one engine.
 
@@ -55,13 +50,24 @@ class Replica:
         logging.configure("serve", self._settings.log_level, self._settings.log_format)
         if is_loopback(self._settings.api_host):
             _keep_handle_port_on_loopback()
-        self._store = Store(_database_url(self._settings))
+        allowance = Allowance(
+            self._settings.limit_requests_per_minute,
+            self._settings.limit_texts_per_minute,
+            self._settings.limit_texts_per_day,
+        )
+        self._store = Store(_database_url(self._settings), default=allowance)
         self._keys = KeyRing(self._store)
-        self._classifier = Classifier(limits=options.limits, threads=options.threads)
+        self._quotas = Quotas(_redis_url(self._settings))
+        self._tokens = open_tokens(self._settings, allowance or None)
+        self._gate = Gate(
+            self._keys, api_key_header=self._settings.api_key_header, tokens=self._tokens, quotas=self._quotas
+        )
+        self._classifier = Classifier(limits=options.limits, threads=options.threads, cache=_cache(self._settings))
         self._service = Service(
             classifier=self._classifier,
-            gate=Gate(self._keys, api_key_header=self._settings.api_key_header),
+            gate=self._gate,
             records=self._store,
+            replica=serve.get_replica_context().replica_id.unique_id,
             cors_origins=self._settings.cors_origins,
             metrics_folder=self._settings.prometheus_multiproc_dir,
             sends_request_id=False,
@@ -71,6 +77,7 @@ class Replica:
         if self._settings.prometheus_multiproc_dir is not None:
             forget_dead_processes(self._settings.prometheus_multiproc_dir)
         self._refreshing: Task[None] | None = None
+        self._load = LoadMeter()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application that Serve listens with."""
@@ -78,9 +85,9 @@ class Replica:
         return create_app(self._service)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Change to the bundle that `config` names, without losing a request.
+        """Change to the bundles and shares that `config` asks for, without losing a request.
 
-        A bundle that is not fit for use leaves the one in use where it is.
+        A bundle that is not fit for use leaves the one in use where it is; `GET /models` says why.
 
         Raises:
             BundleError: no bundle is in use yet and this one is not fit.
@@ -89,7 +96,8 @@ class Replica:
         if self._refreshing is None:
             # A database that is away at the start stops nothing but the look-up of keys.
             await self._keys.refresh()
-            self._refreshing = get_running_loop().create_task(self._keys.keep_fresh())
+            self._refreshing = get_running_loop().create_task(self._gate.keep_fresh())
+        self._quotas.share_among(serve.get_replica_context().world_size)
         try:
             live = LiveOptions.model_validate(config)
         except ValidationError as error:
@@ -97,13 +105,11 @@ class Replica:
                 raise ConfigurationError(f"user_config: {error.errors()[0]['msg']}") from None
             logging.get_logger().error("replica.config_refused", fields=[item["loc"] for item in error.errors()])
             return
-        path = Path(live.bundle) if live.bundle else self._settings.bundle
-        try:
-            await self._classifier.load(path)
-        except BundleError as error:
-            if not self._classifier.is_ready:
-                raise
-            logging.get_logger().error("bundle.refused", reason=error.message, kept=self._classifier.bundle.version)
+        await self._classifier.apply(live, self._settings.bundle)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `serve.scaling` decides by; Serve asks every few seconds if the number of replicas may change."""
+        return self._load.measure(self._classifier.work)
 
     async def check_health(self) -> None:
         """Raise if this replica cannot do its work, so that Serve replaces it.
@@ -122,6 +128,9 @@ class Replica:
             self._refreshing.cancel()
         with contextlib.suppress(TimeoutError):
             await self._classifier.close()
+        if self._tokens is not None:
+            await self._tokens.close()
+        await self._quotas.close()
         await self._store.close()
 
 
@@ -131,6 +140,17 @@ deployment: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(Replica))
 
 def _database_url(settings: Settings) -> str | None:
     return settings.database_url.get_secret_value() if settings.database_url else None
+
+
+def _redis_url(settings: Settings) -> str | None:
+    return settings.redis_url.get_secret_value() if settings.redis_url else None
+
+
+def _cache(settings: Settings) -> Cache | None:
+    if not settings.cache_entries:
+        return None
+    url = _redis_url(settings)
+    return RedisCache(url, ttl_s=settings.cache_ttl_s) if url else MemoryCache(settings.cache_entries)
 
 
 def _keep_handle_port_on_loopback() -> None:

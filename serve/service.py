@@ -1,25 +1,30 @@
 """What the handlers of the API are given, and the few things that all of them do."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import orjson
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Receive
 
 from serve.auth import Gate
 from serve.classifier import Classifier
 
 Handler = Callable[[Request], Awaitable[Response]]
+Result = TypeVar("Result")
 
 
 class Records(Protocol):
     """What the routes ask of the database."""
 
     async def exchange_sign_in(self, token: str) -> str | None: ...
-    async def create_session(self, key_id: str) -> str | None: ...
+    async def create_session(self, key_id: str, until: datetime | None = None) -> str | None: ...
     async def revoke(self, key_id: str) -> bool: ...
     async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]: ...
 
@@ -37,9 +42,37 @@ class Service:
     """False where the server in front has put an id on the request and will put it on the answer."""
     interactive_deadline_s: float = 30.0
     bulk_deadline_s: float = 600.0
+    replica: str = ""
+    """Which of the replicas answers."""
 
 
 def json_response(value: Any, *, cached: bool = True) -> Response:
     """`value` as a JSON answer; with `cached` unset nobody on the way may keep it."""
     headers = None if cached else {"cache-control": "no-store"}
     return Response(orjson.dumps(value), headers=headers, media_type="application/json")
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do `work` for as long as the client of `request`, whose body has been read, is there.
+
+    Raises:
+        ClientDisconnect: it left; `work` was cancelled.
+    """
+    current = asyncio.current_task()
+    assert current is not None
+    watch = asyncio.get_running_loop().create_task(_cancel_when_left(request.receive, current))
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not watch.done() or watch.cancelled():
+            raise
+        current.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        watch.cancel()
+
+
+async def _cancel_when_left(receive: Receive, task: "asyncio.Task[Any]") -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    task.cancel()

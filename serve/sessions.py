@@ -22,8 +22,7 @@ class SessionRoutes:
         secret = await self._service.records.exchange_sign_in(token[:512]) if token else None
         if secret is None:
             raise errors.UnauthorizedError("This link was used or has expired; `overtone status` prints a new one.")
-        response = RedirectResponse("/", status_code=303, headers={"referrer-policy": "no-referrer"})
-        return _with_session(response, request, secret)
+        return _with_session(RedirectResponse("/", status_code=303), request, secret)
 
     async def session(self, request: Request) -> Response:
         await self._service.gate.authorise(request, "read")
@@ -35,7 +34,7 @@ class SessionRoutes:
         if not isinstance(key, str) or not key:
             raise bodies.invalid([bodies.FieldError("key", "must be an API key")])
         identity = await self._service.gate.keys.check(key, "read")
-        secret = await self._service.records.create_session(identity.key_id)
+        secret = await self._service.records.create_session(identity.key_id, identity.expires_at)
         if secret is None:
             raise errors.UnauthorizedError("The API key is not known, was revoked or has expired.")
         return _with_session(Response(status_code=204), request, secret)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from overtone.db import keys
@@ -10,38 +11,43 @@ from overtone.db.predictions import stats
 from overtone.errors import ConfigurationError, DatabaseUnavailableError
 from overtone.logging import get_logger
 from serve.auth import Identity
+from serve.quotas import Allowance
 
 
 class Store:
     """One database, which may be away at the start and at any time after."""
 
-    def __init__(self, url: str | None, *, max_connections: int = 4) -> None:
-        """Nothing is connected yet. Without `url` every call raises `DatabaseUnavailableError`."""
+    def __init__(self, url: str | None, *, max_connections: int = 4, default: Allowance | None = None) -> None:
+        """Nothing is connected yet. Without `url` every call raises `DatabaseUnavailableError`.
+
+        `default` holds the limits of keys that set none of their own.
+        """
         self._url = url
+        self._default = default or Allowance()
         self._max_connections = max_connections
         self._database: Database | None = None
         self._opening = asyncio.Lock()
 
     async def active(self) -> Mapping[bytes, Identity]:
         """See `KeyStore.active`."""
-        return {record.key_hash: _identity(record) for record in await keys.active_keys(await self._open())}
+        return {record.key_hash: self._identity(record) for record in await keys.active_keys(await self._open())}
 
     async def find(self, digest: bytes) -> Identity | None:
         """See `KeyStore.find`."""
         record = await keys.find_key(await self._open(), digest)
-        return _identity(record) if record else None
+        return self._identity(record) if record else None
 
     async def exchange_sign_in(self, token: str) -> str | None:
         """The secret of a new session for a one-time token; None if the token is not good."""
         return await keys.exchange_sign_in(await self._open(), token)
 
-    async def create_session(self, key_id: str) -> str | None:
+    async def create_session(self, key_id: str, until: datetime | None = None) -> str | None:
         """The secret of a new session with the scopes of a key; None if the key is not good."""
-        return await keys.create_session(await self._open(), key_id)
+        return await keys.create_session(await self._open(), key_id, until=until)
 
     async def revoke(self, key_id: str) -> bool:
         """End a key or session."""
-        return await keys.revoke(await self._open(), key_id)
+        return await keys.revoke(await self._open(), key_id, actor=key_id)
 
     async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]:
         """What `GET /stats` shows, ready for JSON."""
@@ -88,6 +94,15 @@ class Store:
                     raise DatabaseUnavailableError("The database refuses the address it was given.") from error
         return self._database
 
+    def _identity(self, record: keys.KeyRecord) -> Identity:
+        default, own = self._default, record.limits
+        allowance = Allowance(
+            _chosen(own.requests_per_minute, default.requests_per_minute),
+            _chosen(own.texts_per_minute, default.texts_per_minute),
+            _chosen(own.texts_per_day, default.texts_per_day),
+        )
+        return Identity(record.key_id, record.scopes, record.expires_at, record.account, allowance or None)
 
-def _identity(record: keys.KeyRecord) -> Identity:
-    return Identity(record.key_id, record.scopes, record.expires_at)
+
+def _chosen(own: int | None, default: int) -> int:
+    return default if own is None else own

@@ -195,7 +195,16 @@ api_keys = Table(
     _instant("created_at", default_now=True),
     _instant("expires_at", nullable=True),
     _instant("revoked_at", nullable=True),
-    CheckConstraint("kind IN ('key', 'sign_in', 'session')", name="kind"),
+    *(
+        Column(name, kind, comment="Null: the default of the settings; 0: no limit.")
+        for name, kind in (
+            ("requests_per_minute", Integer),
+            ("texts_per_minute", Integer),
+            ("texts_per_day", BigInteger),
+        )
+    ),
+    CheckConstraint("kind IN ('key', 'sign_in', 'session', 'retired')", name="kind"),
+    CheckConstraint("least(requests_per_minute, texts_per_minute, texts_per_day) >= 0", name="limits"),
     comment="API keys, one-time sign-in tokens and browser sessions; the secrets themselves are never stored.",
 )
 

@@ -92,7 +92,7 @@ class MemoryRecords:
     async def exchange_sign_in(self, token: str) -> str | None:
         return await self.create_session(token)
 
-    async def create_session(self, key_id: str) -> str | None:
+    async def create_session(self, key_id: str, until: datetime | None = None) -> str | None:
         secret = token_urlsafe()
         self.admit(secret)
         return secret

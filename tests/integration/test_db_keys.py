@@ -3,8 +3,13 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
+import pytest
+
 from overtone.db import Database
+from overtone.db.audit import read_audit, record_audit
 from overtone.db.keys import (
+    KeyLimits,
     active_keys,
     create_key,
     create_session,
@@ -13,8 +18,10 @@ from overtone.db.keys import (
     find_key,
     hash_key,
     import_key,
+    list_keys,
     new_secret,
     revoke,
+    rotate_key,
 )
 
 
@@ -99,3 +106,111 @@ async def test_signing_out_ends_one_session(database: Database) -> None:
     assert await find_key(database, hash_key(first)) is None
     assert await find_key(database, hash_key(second))
     assert await find_key(database, hash_key(secret))
+
+
+async def test_a_rotated_key_keeps_its_old_secret_for_the_grace_period(database: Database) -> None:
+    limits = KeyLimits(requests_per_minute=5, texts_per_day=0)
+    key_id, old = await create_key(database, "turning", ["predict"], limits=limits)
+    new = await rotate_key(database, key_id, grace_s=3600)
+    assert new
+    records = [await find_key(database, hash_key(secret)) for secret in (old, new)]
+    assert all(record and record.key_id == record.account == key_id and record.limits == limits for record in records)
+    assert records[0]
+    assert records[0].expires_at
+    [info] = [found for found in await list_keys(database) if found.key_id == key_id]
+    assert info.old_secret_until == records[0].expires_at
+    assert {found.key_hash for found in await active_keys(database) if found.key_id == key_id} == {
+        hash_key(old),
+        hash_key(new),
+    }
+    await revoke(database, key_id)
+    assert [await find_key(database, hash_key(secret)) for secret in (old, new)] == [None, None]
+
+
+async def test_without_grace_every_old_secret_and_session_ends_at_once(database: Database) -> None:
+    key_id, first = await create_key(database, "leaked", ["read"])
+    session = await create_session(database, key_id)
+    second = await rotate_key(database, key_id, grace_s=3600)
+    third = await rotate_key(database, key_id, grace_s=0)
+    assert session
+    assert second
+    assert third
+    assert [bool(await find_key(database, hash_key(each))) for each in (first, second, third, session)] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+async def test_a_secret_from_before_a_rotation_cannot_be_imported_again(database: Database) -> None:
+    key_id, old = await create_key(database, "file", ["read"])
+    await rotate_key(database, key_id, grace_s=0)
+    assert await import_key(database, "file", old, ["admin"]) == key_id
+    assert await find_key(database, hash_key(old)) is None
+
+
+async def test_only_valid_keys_are_rotated(database: Database) -> None:
+    key_id, _ = await create_key(database, "gone", ["read"])
+    await revoke(database, key_id)
+    assert await rotate_key(database, key_id, grace_s=0) is None
+    assert await rotate_key(database, "key_none", grace_s=0) is None
+
+
+async def test_a_session_counts_under_its_key_and_has_its_limits(database: Database) -> None:
+    limits = KeyLimits(texts_per_minute=7)
+    key_id, _ = await create_key(database, "browser", ["read"], limits=limits)
+    until = datetime.now(UTC) + timedelta(minutes=5)
+    session = await create_session(database, key_id, until=until)
+    assert session
+    record = await find_key(database, hash_key(session))
+    assert record
+    assert (record.account, record.limits, record.expires_at) == (key_id, limits, until)
+    assert record.key_id != key_id
+
+
+async def test_a_limit_is_not_below_zero(database: Database) -> None:
+    with pytest.raises(asyncpg.CheckViolationError):
+        await create_key(database, "wrong", ["read"], limits=KeyLimits(requests_per_minute=-1))
+
+
+async def test_ended_keys_are_listed_on_request(fresh_database: Database) -> None:
+    active, _ = await create_key(fresh_database, "a", ["read"])
+    revoked, _ = await create_key(fresh_database, "b", ["read"])
+    await revoke(fresh_database, revoked)
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    expired, _ = await create_key(fresh_database, "c", ["read"], expires_at=past)
+    assert [info.key_id for info in await list_keys(fresh_database)] == [active]
+    states = {info.key_id: info.state for info in await list_keys(fresh_database, with_ended=True)}
+    assert states == {active: "active", revoked: "revoked", expired: "expired"}
+
+
+async def test_the_life_of_a_key_is_in_the_audit_log_without_its_secrets(fresh_database: Database) -> None:
+    key_id, first = await create_key(fresh_database, "ci", ["predict"], actor="cli:ann")
+    second = await rotate_key(fresh_database, key_id, grace_s=60, actor="cli:ann")
+    session = await create_session(fresh_database, key_id)
+    assert session
+    record = await find_key(fresh_database, hash_key(session))
+    assert record
+    await revoke(fresh_database, record.key_id, actor=record.key_id)
+    await revoke(fresh_database, key_id, actor="cli:bob")
+    entries = await read_audit(fresh_database)
+    assert [(entry.actor, entry.action, entry.subject) for entry in reversed(entries)] == [
+        ("cli:ann", "key.created", key_id),
+        ("cli:ann", "key.rotated", key_id),
+        (key_id, "session.started", record.key_id),
+        (record.key_id, "session.ended", record.key_id),
+        ("cli:bob", "key.revoked", key_id),
+    ]
+    told = str(entries)
+    assert not any(secret in told for secret in (first, str(second), session))
+    assert [entry.action for entry in await read_audit(fresh_database, action="session.", newest=1)] == [
+        "session.ended"
+    ]
+    assert len(await read_audit(fresh_database, action="key.created")) == 1
+
+
+async def test_an_entry_of_the_audit_log_is_small(database: Database) -> None:
+    async with database.transaction() as connection:
+        with pytest.raises(ValueError, match="4096"):
+            await record_audit(connection, "cli:ann", "model.promoted", "v1", {"note": "x" * 5000})

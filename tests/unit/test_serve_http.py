@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
@@ -63,7 +64,7 @@ class MemoryRecords:
         self.tokens.remove(token)
         return self._session(frozenset({"predict", "read"}))
 
-    async def create_session(self, key_id: str) -> str | None:
+    async def create_session(self, key_id: str, until: datetime | None = None) -> str | None:
         self._reach()
         return self._session(next(key.scopes for key in self.keys.values() if key.key_id == key_id))
 

@@ -6,4 +6,4 @@ WITH used AS (
 )
 INSERT INTO overtone.api_keys (key_id, kind, name, digest, scopes, parent_id, expires_at)
 SELECT $2, 'session', name, $3, scopes, key_id, now() + make_interval(secs => $4) FROM used
-RETURNING key_id
+RETURNING key_id, parent_id
