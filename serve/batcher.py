@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Generic, Literal, TypeVar
 
 from overtone.errors import DeadlineExceededError, EngineError, OverloadedError, OvertoneError, ShuttingDownError
@@ -58,6 +59,24 @@ class BatchReport:
     """Texts that waited behind it when it was done."""
 
 
+@dataclass(slots=True)
+class Timing:
+    """Where the time of one request went, by the batcher's clock; 0 for a mark that it has not passed."""
+
+    started: float = 0.0
+    """Its texts begin to be made into tokens."""
+    admitted: float = 0.0
+    taken: float = 0.0
+    """The first of its rows was chosen for a batch."""
+    done: float = 0.0
+    """The last of its rows was answered."""
+
+    def stages(self) -> list[tuple[str, float, float]]:
+        """Name, start and end of each stage that was passed, in order."""
+        marks = [("tokenise", self.started), ("queue", self.admitted), ("engine", self.taken), ("", self.done)]
+        return [(name, start, end) for (name, start), (_, end) in pairwise(marks) if start and end]
+
+
 @dataclass(slots=True, eq=False)
 class Ticket(Generic[Row]):
     """One request on its way."""
@@ -66,6 +85,8 @@ class Ticket(Generic[Row]):
     priority: Priority
     admitted_at: float = 0.0
     deadline: float | None = None
+    taken_at: float = 0.0
+    """When a batch took the first of its rows."""
     waiting: int = field(init=False)
     """Rows that no batch has taken."""
     waiting_tokens: int = field(init=False)
@@ -290,12 +311,23 @@ class TokenBatcher(Generic[Row]):
         """Texts that wait for the engine."""
         return self._backlog.waiting
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Their tokens, without padding."""
+        return self._backlog.waiting_tokens
+
     async def submit(
-        self, token_ids: Sequence[TokenIds], *, priority: Priority = "interactive", deadline_s: float | None = None
+        self,
+        token_ids: Sequence[TokenIds],
+        *,
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
+        timing: Timing | None = None,
     ) -> list[Row | Exception]:
         """The result of each row, in order; for a row that the engine cannot classify, the exception.
 
         `deadline_s` seconds from now, rows that still wait are given up. Cancelling gives up what still waits.
+        `timing` is filled in.
 
         Raises:
             OverloadedError: too many texts wait already.
@@ -317,6 +349,9 @@ class TokenBatcher(Generic[Row]):
             self._backlog.drop(ticket)
             self._pump_soon()
             raise
+        finally:
+            if timing is not None:
+                timing.admitted, timing.taken, timing.done = now, ticket.taken_at, self._clock()
         return ticket.results  # type: ignore[return-value]  # answered, so that no None is left
 
     async def drain(self) -> None:
@@ -352,6 +387,8 @@ class TokenBatcher(Generic[Row]):
             for ticket in expired:
                 self._fail(ticket, DeadlineExceededError("The deadline passed while the texts waited for the engine."))
             if batch:
+                for ticket, _ in batch:
+                    ticket.taken_at = ticket.taken_at or now
                 task = asyncio.get_running_loop().create_task(self._execute(batch, now))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overtone.errors import DeadlineExceededError, EngineError, OverloadedError, ShuttingDownError
-from serve.batcher import BULK_TURN, Backlog, Batch, BatchReport, Limits, Priority, Ticket, TokenBatcher, TokenIds
+from serve.batcher import (
+    BULK_TURN,
+    Backlog,
+    Batch,
+    BatchReport,
+    Limits,
+    Priority,
+    Ticket,
+    Timing,
+    TokenBatcher,
+    TokenIds,
+)
 
 POISON = -1
 PRIORITIES: tuple[Priority, ...] = ("interactive", "bulk")
@@ -405,3 +416,19 @@ async def test_reports_tell_texts_tokens_and_padding() -> None:
 
 async def test_nothing_asked_is_nothing_answered() -> None:
     assert await TokenBatcher[int](Engine().classify).submit([]) == []
+
+
+async def test_the_marks_a_request_passes_are_written_down() -> None:
+    now = 100.0
+
+    async def classify(rows: list[list[int]]) -> list[int]:
+        nonlocal now
+        now += 2.0
+        return [len(row) for row in rows]
+
+    batcher: TokenBatcher[int] = TokenBatcher(classify, clock=lambda: now)
+    timing = Timing(started=99.5)
+    assert await batcher.submit([[1, 2]], timing=timing) == [2]
+
+    assert timing.stages() == [("tokenise", 99.5, 100.0), ("queue", 100.0, 100.0), ("engine", 100.0, 102.0)]
+    assert Timing(started=1.0, admitted=2.0).stages() == [("tokenise", 1.0, 2.0)]
