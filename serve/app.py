@@ -2,18 +2,20 @@
 
 import os
 from hashlib import sha256
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import HTTPOptions
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from overtone import __version__
 from overtone.settings import load_settings
 from serve.batcher import Limits
 from serve.environment import APPLICATION, ROUTE_PREFIX
-from serve.replica import LiveOptions, ReplicaOptions, deployment
+from serve.replica import ReplicaOptions, deployment
+from serve.rollout import LiveOptions
 
 _LIMITS = Limits()
 
@@ -25,7 +27,12 @@ class ServeArgs(BaseModel):
 
     replicas: int | None = Field(None, ge=1, le=1024, description="Default: SERVE_REPLICAS, or one a core, at most 8.")
     threads: int = Field(1, ge=1, le=256, description="Engine threads a replica.")
-    bundle: str | None = Field(None, description="Folder of the bundle. Default: BUNDLE, or the one in the package.")
+    min_replicas: int | None = Field(None, ge=1, le=1024, description="With max_replicas: replicas come with the work.")
+    max_replicas: int | None = Field(None, ge=1, le=1024)
+    scale_up_delay_s: float = Field(5.0, ge=0, le=3600, description="How long more replicas must be needed.")
+    scale_down_delay_s: float = Field(120.0, ge=0, le=86_400, description="How long fewer must be enough.")
+    live: LiveOptions = LiveOptions()
+    """The first `user_config`."""
     metrics_folder: str | None = Field(None, description="Folder through which replicas add up their metrics.")
     budget_tokens: int = Field(_LIMITS.budget_tokens, ge=16, le=1_000_000, description="Padded tokens a batch.")
     waste_tokens: int = Field(_LIMITS.waste_tokens, ge=0, le=1_000_000, description="Padding a row may add to it.")
@@ -33,6 +40,16 @@ class ServeArgs(BaseModel):
     max_bulk_texts: int = Field(_LIMITS.max_bulk_texts, ge=1, le=10_000_000)
     interactive_deadline_s: float = Field(30.0, gt=0, le=3600)
     bulk_deadline_s: float = Field(600.0, gt=0, le=86_400)
+
+    @model_validator(mode="after")
+    def _bounds_are_whole(self) -> Self:
+        if (self.min_replicas is None) != (self.max_replicas is None):
+            raise ValueError("min_replicas and max_replicas go together")
+        if self.min_replicas and self.max_replicas and self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas is above max_replicas")
+        if self.min_replicas and self.replicas:
+            raise ValueError("give replicas, or min_replicas and max_replicas, not both")
+        return self
 
 
 def build(args: ServeArgs) -> Application:
@@ -48,12 +65,11 @@ def build(args: ServeArgs) -> Application:
         interactive_deadline_s=args.interactive_deadline_s,
         bulk_deadline_s=args.bulk_deadline_s,
     )
-    replicas = args.replicas or load_settings().serve_replicas or min(8, os.cpu_count() or 1)
     # Before the process starts: `prometheus_client` reads it on import.
     variables = {"PROMETHEUS_MULTIPROC_DIR": args.metrics_folder} if args.metrics_folder else {}
     application: Application = deployment.options(
-        num_replicas=replicas,
-        user_config=LiveOptions(bundle=args.bundle).model_dump(),
+        **_number(args),
+        user_config=args.live.model_dump(),
         # The batcher is the queue and refuses by itself; Serve's own limit only guards its memory.
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": args.threads, "runtime_env": {"env_vars": variables}},
@@ -68,6 +84,21 @@ def build(args: ServeArgs) -> Application:
         _internal=True,
     ).bind(options)
     return application
+
+
+def _number(args: ServeArgs) -> dict[str, Any]:
+    """How many replicas: a fixed number, or bounds and what decides between them."""
+    if args.min_replicas is None or args.max_replicas is None:
+        return {"num_replicas": args.replicas or load_settings().serve_replicas or min(8, os.cpu_count() or 1)}
+    scaling = AutoscalingConfig(
+        min_replicas=args.min_replicas,
+        max_replicas=args.max_replicas,
+        look_back_period_s=15.0,
+        upscale_delay_s=args.scale_up_delay_s,
+        downscale_delay_s=args.scale_down_delay_s,
+        policy=AutoscalingPolicy(policy_function="serve.scaling:scale_by_waiting_tokens"),
+    )
+    return {"autoscaling_config": scaling}
 
 
 def _version(options: ReplicaOptions, variables: dict[str, str]) -> str:

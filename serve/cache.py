@@ -129,9 +129,13 @@ class RedisCache:
         get_logger().warning("cache.away", reason=type(error).__name__, rest_s=_REST_S)
 
 
-def _unpack(value: bytes | None) -> Scores | None:
+def _unpack(value: bytes | str | None) -> Scores | None:
     # Whatever else writes there: a value that is not one of ours is none.
-    return list(struct.unpack(f"<{len(value) // 8}d", value)) if value and len(value) % 8 == 0 else None
+    return (
+        list(struct.unpack(f"<{len(value) // 8}d", value))
+        if isinstance(value, bytes) and value and len(value) % 8 == 0
+        else None
+    )
 
 
 def _count(found: Sequence[Scores | None]) -> None:

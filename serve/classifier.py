@@ -23,6 +23,7 @@ from serve.cache import Cache, key_of
 from serve.longtext import LongText
 from serve.model import Model, Scores, Turns, open_model
 from serve.rollout import SHADOW_LANE, Canary, LiveOptions, Shadow
+from serve.scaling import Work
 
 __all__ = ["INTERACTIVE_TEXTS", "Answer", "Classifier", "Refusal", "Scores", "Trial"]
 
@@ -119,6 +120,12 @@ class Classifier:
     def waiting(self) -> int:
         """Texts that wait for the engine."""
         return sum(model.batcher.waiting for model in self._models())
+
+    @property
+    def work(self) -> Work:
+        """What waits for the engine and what it has done."""
+        models = self._models()
+        return Work(sum(model.batcher.waiting_tokens for model in models), self._turns.done_tokens, self._turns.busy_s)
 
     @property
     def is_failing(self) -> bool:

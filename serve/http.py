@@ -123,7 +123,8 @@ class _Dispatch:
 
 def _handlers(service: Service) -> dict[str, Handler]:
     """The handler of each route, by the name `ROUTES` gives it."""
-    groups = [PredictionRoutes(service), InferenceRoutes(service), PageRoutes(service), SessionRoutes(service), ModelRoutes(service)]
+    classes = (PredictionRoutes, InferenceRoutes, PageRoutes, SessionRoutes, ModelRoutes)
+    groups = [routes(service) for routes in classes]
     return {
         route.handler: next(getattr(g, route.handler) for g in groups if hasattr(g, route.handler)) for route in ROUTES
     }

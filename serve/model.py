@@ -39,6 +39,10 @@ class Turns:
         self._order = count()
         self._now = 0.0
         self._running = 0
+        self.done_tokens = 0
+        """Padded tokens of the requests that the engine has done."""
+        self.busy_s = 0.0
+        """Seconds it took for them."""
 
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Give the lanes their weights. With none, batches go to the thread as they come."""
@@ -140,7 +144,12 @@ def open_model(bundle: Bundle, engine: Engine, *, limits: Limits, turns: Turns) 
     async def classify(rows: list[TokenIds]) -> list[Scores]:
         return await turns.run(bundle.version, run, rows)
 
-    batcher = TokenBatcher[Scores](classify, limits=limits, observe=_observe)
+    def observe(report: BatchReport) -> None:
+        turns.done_tokens += report.padded_tokens
+        turns.busy_s += report.engine_s
+        _observe(report)
+
+    batcher = TokenBatcher[Scores](classify, limits=limits, observe=observe)
     return Model(bundle, TextEncoder(bundle), engine, batcher, run)
 
 

@@ -107,7 +107,7 @@ class Replica:
             return
         await self._classifier.apply(live, self._settings.bundle)
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `serve.scaling` decides by; Serve asks every few seconds if the number of replicas may change."""
         return self._load.measure(self._classifier.work)
 

@@ -314,7 +314,7 @@ def test_another_bundle_is_rolled_out_without_a_new_process_or_a_lost_request(
 
     with asking(stack) as answers:
         until(lambda: len(answers) >= 50)
-        stack.deploy(replicas=2, metrics_folder=str(stack.metrics_folder), bundle=str(other_bundle.path))
+        stack.deploy(replicas=2, metrics_folder=str(stack.metrics_folder), live={"bundle": str(other_bundle.path)})
         answered = len(answers)
         until(lambda: len(answers) >= answered + 50)
 

@@ -23,7 +23,7 @@ def test_the_file_names_the_application_and_its_deployment() -> None:
 
 def test_its_values_are_the_defaults_and_are_taken() -> None:
     from serve.app import ServeArgs
-    from serve.replica import LiveOptions
+    from serve.rollout import LiveOptions
 
     [application] = CONFIG["applications"]
     assert ServeArgs(**application["args"]) == ServeArgs()
