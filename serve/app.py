@@ -34,8 +34,12 @@ class ServeArgs(BaseModel):
     live: LiveOptions = LiveOptions()
     """The first `user_config`."""
     metrics_folder: str | None = Field(None, description="Folder through which replicas add up their metrics.")
-    budget_tokens: int = Field(_LIMITS.budget_tokens, ge=16, le=1_000_000, description="Padded tokens a batch.")
-    waste_tokens: int = Field(_LIMITS.waste_tokens, ge=0, le=1_000_000, description="Padding a row may add to it.")
+    budget_tokens: int | None = Field(
+        None, ge=16, le=1_000_000, description="Padded tokens a batch. Default: measured when a bundle is loaded."
+    )
+    waste_tokens: int | None = Field(
+        None, ge=0, le=1_000_000, description="Padding a row may add to it. Default: measured, as above."
+    )
     max_interactive_texts: int = Field(_LIMITS.max_interactive_texts, ge=1, le=1_000_000)
     max_bulk_texts: int = Field(_LIMITS.max_bulk_texts, ge=1, le=10_000_000)
     interactive_deadline_s: float = Field(30.0, gt=0, le=3600)

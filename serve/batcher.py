@@ -30,11 +30,11 @@ _RATE_MEMORY = 0.9
 class Limits:
     """What a batcher may hold and run."""
 
-    budget_tokens: int = 256
-    """Padded tokens a batch: rows times the longest. One longer row makes a batch of its own."""
-    waste_tokens: int = 8
+    budget_tokens: int | None = None
+    """Padded tokens a batch: rows times the longest. One longer row makes a batch of its own. Unset: 256."""
+    waste_tokens: int | None = None
     """Padding that one further row may add to a batch. A batch of its own costs the engine about as much on a CPU as
-    ten tokens, so a row that would add more padding than that waits for its like; GPUs want far more."""
+    ten tokens, so a row that would add more padding than that waits for its like; GPUs want far more. Unset: 8."""
     max_interactive_texts: int = 1024
     """Interactive texts that may wait. A larger request is still taken when nothing of its priority waits."""
     max_bulk_texts: int = 20_000
@@ -293,6 +293,8 @@ class TokenBatcher(Generic[Row]):
         """`classify` gives one result a row, in order, or raises when any row of the batch cannot be classified."""
         self._classify = classify
         self._limits = limits or Limits()
+        self._budget_tokens = 256 if self._limits.budget_tokens is None else self._limits.budget_tokens
+        self._waste_tokens = 8 if self._limits.waste_tokens is None else self._limits.waste_tokens
         self._clock = clock
         self._observe = observe
         self._backlog = Backlog[Row]()
@@ -383,7 +385,7 @@ class TokenBatcher(Generic[Row]):
         self._pump_is_due = False
         while self._may_take():
             now = self._clock()
-            batch, expired = self._backlog.take(self._limits.budget_tokens, now, self._limits.waste_tokens)
+            batch, expired = self._backlog.take(self._budget_tokens, now, self._waste_tokens)
             for ticket in expired:
                 self._fail(ticket, DeadlineExceededError("The deadline passed while the texts waited for the engine."))
             if batch:

@@ -13,6 +13,7 @@ from overtone.engine import Engine, check_golden
 from overtone.errors import BundleError, EngineError
 from serve.batcher import BatchReport, Limits, TokenBatcher, TokenIds
 from serve.longtext import Encoded, LongText, encode
+from serve.warmup import fitted
 
 Scores = list[float]
 """Calibrated probability of each label, in the order of the bundle's labels."""
@@ -128,11 +129,14 @@ class Model:
 def open_model(bundle: Bundle, engine: Engine, *, limits: Limits, turns: Turns) -> Model:
     """`bundle` with `engine`, whose golden texts are classified, so that it is checked and warm. Blocks.
 
+    What `limits` leave open about the size of batches is measured.
+
     Raises:
         BundleError: the scores are not those the bundle promises.
     """
     try:
         check_golden(bundle, engine)
+        limits = fitted(limits, engine)
     except EngineError as error:
         raise BundleError(f"{bundle.path}: the model fails on the golden texts ({error.message})") from error
 

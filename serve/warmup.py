@@ -8,15 +8,16 @@ hundreds.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from overtone.engine import Engine
+from serve.batcher import Limits
 
 _ROW_TOKENS = 16
 _ROWS = (1, 2, 4, 8, 16, 32)
-_ROUNDS = 5
+_ROUNDS = 7
 _FIXED_SHARE = 0.04
 MIN_BUDGET_TOKENS, MAX_BUDGET_TOKENS = 128, 16_384
 MIN_WASTE_TOKENS, MAX_WASTE_TOKENS = 4, 1024
@@ -58,6 +59,23 @@ def measure_batch_cost(engine: Engine, clock: Callable[[], float] = time.perf_co
         # The quickest run: whatever else the machine does can only make one slower.
         samples.append((rows * _ROW_TOKENS, min(_seconds(engine, batch, clock) for _ in range(_ROUNDS))))
     return fit(samples)
+
+
+def fitted(limits: Limits, engine: Engine) -> Limits:
+    """`limits` with what is unset in them measured on `engine`.
+
+    Raises:
+        EngineError: see `Engine.classify`.
+    """
+    if limits.budget_tokens is not None and limits.waste_tokens is not None:
+        return limits
+    cost = measure_batch_cost(engine)
+    budget, waste = limits.budget_tokens, limits.waste_tokens
+    return replace(
+        limits,
+        budget_tokens=cost.budget_tokens if budget is None else budget,
+        waste_tokens=cost.waste_tokens if waste is None else waste,
+    )
 
 
 def fit(samples: Sequence[tuple[int, float]]) -> BatchCost:

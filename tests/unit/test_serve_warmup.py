@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overtone.engine import FakeEngine, Probabilities
+from serve.batcher import Limits
 from serve.warmup import (
     MAX_BUDGET_TOKENS,
     MAX_WASTE_TOKENS,
@@ -12,6 +13,7 @@ from serve.warmup import (
     MIN_WASTE_TOKENS,
     BatchCost,
     fit,
+    fitted,
     measure_batch_cost,
 )
 
@@ -54,3 +56,16 @@ def test_whatever_was_measured_the_limits_are_usable(samples: list[tuple[int, fl
 
     assert MIN_WASTE_TOKENS <= cost.waste_tokens <= MAX_WASTE_TOKENS
     assert MIN_BUDGET_TOKENS <= cost.budget_tokens <= MAX_BUDGET_TOKENS
+
+
+def test_only_what_is_unset_is_measured() -> None:
+    engine = TimedEngine(BatchCost(0.0, 1.0))
+
+    given = Limits(budget_tokens=100, waste_tokens=3)
+    assert fitted(given, engine) is given
+    assert engine.now == 0.0
+    assert fitted(Limits(budget_tokens=100), engine).budget_tokens == 100
+    assert fitted(Limits(budget_tokens=100, max_bulk_texts=7), engine).max_bulk_texts == 7
+    measured = fitted(Limits(), FakeEngine())
+    assert measured.budget_tokens is not None
+    assert measured.waste_tokens is not None
