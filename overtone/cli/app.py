@@ -22,6 +22,13 @@ app = typer.Typer(
 )
 database = typer.Typer(help="The tables of the database.", no_args_is_help=True)
 app.add_typer(database, name="db")
+keys = typer.Typer(help="API keys: who may call, and how much.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+audit = typer.Typer(help="What administrators did.", no_args_is_help=True)
+app.add_typer(audit, name="audit")
+
+models = typer.Typer(help="The bundles that are served, and a challenger on trial.", no_args_is_help=True)
+app.add_typer(models, name="models")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -194,6 +201,144 @@ def database_check() -> int:
     from overtone.cli.database import check_database
 
     return check_database(_settings(), Console())
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Option(help="What or who the key is for.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="predict, read, feedback or admin; may be repeated [default: predict and read]."),
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="TIME", help="When it ends, counted from now, such as 90d [default: never].")
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=0, max=10_000_000, help="0: no limit [default: LIMIT_REQUESTS_PER_MINUTE].")
+    ] = None,
+    texts_per_minute: Annotated[
+        int | None, typer.Option(min=0, max=1_000_000_000, help="0: no limit [default: LIMIT_TEXTS_PER_MINUTE].")
+    ] = None,
+    texts_per_day: Annotated[
+        int | None, typer.Option(min=0, max=1_000_000_000_000, help="0: no limit [default: LIMIT_TEXTS_PER_DAY].")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Make a key and print its secret, which cannot be shown again."""
+    from overtone.cli.durations import parse_duration
+    from overtone.cli.keys import NewKey, create
+    from overtone.db.keys import KeyLimits
+
+    ends_s = parse_duration(expires, longest_days=3650) if expires else None
+    limits = KeyLimits(requests_per_minute, texts_per_minute, texts_per_day)
+    wanted = NewKey(name, tuple(scope or ("predict", "read")), ends_s, limits)
+    return create(_settings(), wanted, Console(), as_json=as_json)
+
+
+@keys.command("list")
+def keys_list(
+    with_ended: Annotated[bool, typer.Option("--all", help="Show revoked and expired keys too.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Show the keys, their scopes and their limits."""
+    from overtone.cli.keys import list_keys
+
+    return list_keys(_settings(), Console(), with_ended=with_ended, as_json=as_json)
+
+
+@keys.command("rotate")
+def keys_rotate(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Id or name of the key.")],
+    grace: Annotated[
+        str, typer.Option(metavar="TIME", help="How long the old secret and its sessions stay good; 0 for not at all.")
+    ] = "1h",
+    as_json: AsJson = False,
+) -> int:
+    """Give a key a new secret; its id and limits stay."""
+    from overtone.cli.durations import parse_duration
+    from overtone.cli.keys import rotate
+
+    grace_s = 0.0 if grace.strip() == "0" else parse_duration(grace)
+    return rotate(_settings(), key, Console(), grace_s=grace_s, as_json=as_json)
+
+
+@keys.command("revoke")
+def keys_revoke(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Id or name of the key.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """End a key and its sessions for good."""
+    from overtone.cli.keys import revoke
+
+    return revoke(_settings(), key, Console(), is_sure=yes, as_json=as_json)
+
+
+@audit.command("list")
+def audit_list(
+    newest: Annotated[int, typer.Option(min=1, max=10_000, help="How many entries.")] = 50,
+    action: Annotated[
+        str | None, typer.Option(help="Only this action, such as key.created, or this area, such as key.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show keys, sessions and models that were changed, newest first."""
+    from overtone.cli.keys import show_audit
+
+    if action and "." not in action:
+        action += "."
+    return show_audit(_settings(), Console(), newest=newest, action=action, as_json=as_json)
+
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the bundles and say what would be done.")]
+Name = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder, or challenger, previous or default.")]
+Share = Annotated[float, typer.Argument(min=0.0, max=1.0, help="Share of requests, 0 to 1; 0 ends it.")]
+Challenger = Annotated[
+    str | None, typer.Option("--bundle", metavar="FOLDER", help="The challenger [default: the one on trial].")
+]
+
+
+@models.command("list")
+def models_list(as_json: AsJson = False) -> int:
+    """Show what each replica serves; exit code 8 if a bundle was refused or a canary taken back."""
+    from overtone.cli.models import list_models
+
+    return list_models(_settings(), Console(), as_json=as_json)
+
+
+@models.command("promote")
+def models_promote(bundle: Name = "challenger", dry_run: DryRun = False, as_json: AsJson = False) -> int:
+    """Make a bundle the champion, after its golden texts were checked."""
+    from overtone.cli.models import order
+
+    change = lambda rollout: rollout.promoted(rollout.folder_of(bundle))  # noqa: E731
+    return order(_settings(), change, Console(), is_dry_run=dry_run, as_json=as_json)
+
+
+@models.command("rollback")
+def models_rollback(dry_run: DryRun = False, as_json: AsJson = False) -> int:
+    """Return to the champion before, and end what is on trial."""
+    from overtone.cli.models import order
+
+    return order(_settings(), lambda rollout: rollout.rolled_back(), Console(), is_dry_run=dry_run, as_json=as_json)
+
+
+@models.command("shadow")
+def models_shadow(share: Share, bundle: Challenger = None, dry_run: DryRun = False, as_json: AsJson = False) -> int:
+    """Have a challenger classify a share of requests too, unseen, and count where it disagrees."""
+    from overtone.cli.models import order
+
+    change = lambda rollout: rollout.trying(bundle and rollout.folder_of(bundle), shadow=share)  # noqa: E731
+    return order(_settings(), change, Console(), is_dry_run=dry_run, as_json=as_json)
+
+
+@models.command("canary")
+def models_canary(share: Share, bundle: Challenger = None, dry_run: DryRun = False, as_json: AsJson = False) -> int:
+    """Have a challenger answer a share of requests; it is taken back by itself when it fails or is slow."""
+    from overtone.cli.models import order
+
+    change = lambda rollout: rollout.trying(bundle and rollout.folder_of(bundle), canary=share)  # noqa: E731
+    return order(_settings(), change, Console(), is_dry_run=dry_run, as_json=as_json)
 
 
 def _settings() -> Any:

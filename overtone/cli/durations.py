@@ -6,14 +6,13 @@ from overtone.errors import ConfigurationError
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_LONGEST_S = 30 * 86_400.0
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, *, longest_days: int = 30) -> float:
     """Seconds of `text`: a number of seconds, or numbers with the units s, m, h and d one after another.
 
     Raises:
-        ConfigurationError: it is no such thing, not above 0 or over 30 days.
+        ConfigurationError: it is no such thing, not above 0 or over `longest_days`.
     """
     compact = text.strip().lower().replace(" ", "")
     if re.fullmatch(r"\d+(?:\.\d+)?", compact):
@@ -23,8 +22,8 @@ def parse_duration(text: str) -> float:
         if not parts or "".join(number + unit for number, unit in parts) != compact:
             raise ConfigurationError(f"{text!r} is no length of time: write for example 90s, 2m or 1h30m.")
         seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if not 0 < seconds <= _LONGEST_S:
-        raise ConfigurationError(f"{text!r}: a length of time is above 0 and at most 30 days.")
+    if not 0 < seconds <= longest_days * 86_400:
+        raise ConfigurationError(f"{text!r}: a length of time is above 0 and at most {longest_days} days.")
     return seconds
 
 
