@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help up down status test lint format bench clean
+.PHONY: help up down status test lint format bench bench-full clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	&& $$name -c 'import venv, ensurepip' 2>/dev/null && { command -v $$name; break; }; done)
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: $(VENV)/.installed ## Install what is missing, start everything, print the addresses. ARGS="--for 90s --json"
 	@exec $(BIN)/overtone up $(ARGS)
@@ -53,6 +53,11 @@ format: $(VENV)/.installed-dev ## Format the code and mend what can be mended
 
 bench: $(VENV)/.installed-dev ## Measure texts a second of the engine and through the API. ARGS="--quick"
 	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+bench-full: $(VENV)/.installed-dev ## Measure everything, other servers too; plots, the table in README. About 2 hours
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'$(CONSTRAINTS:%= -c %)
+	$(BIN)/python -m benchmarks.peers install || true
+	@exec $(BIN)/python -m benchmarks --full $(ARGS)
 
 clean: ## Remove .venv and caches (not your data: that is in OVERTONE_HOME)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bare_engine import PLAIN_BATCH, BareEngine
-from benchmarks.load import Load, Outcome, Target
+from benchmarks.load import Load, Outcome, Target, batch_bodies, single_bodies
 from benchmarks.results import Result, middle, ratio
 from overtone.engine import BUDGET_TOKENS
 
@@ -26,6 +26,7 @@ class Effort:
     seconds: float
     """Of one stretch; a round has one stretch of each side."""
     warm_up_s: float
+    overload_s: float = 10.0
 
 
 def measure_engine(engine: BareEngine, effort: Effort, say: Say) -> dict[str, Result]:
@@ -70,8 +71,8 @@ def measure_server(
     target: Target, engine: BareEngine, texts: list[str], effort: Effort, folder: Path, say: Say
 ) -> dict[str, Result]:
     """The server under load, each stretch between two stretches of the engine alone on the idle server's machine."""
-    single = Load(target, "/predict", texts, batch=None, folder=folder)
-    batch = Load(target, "/predict/batch", texts, batch=BATCH_TEXTS, folder=folder)
+    single = Load(target, "/predict", single_bodies(texts), 1, folder)
+    batch = Load(target, "/predict/batch", batch_bodies(texts, BATCH_TEXTS), BATCH_TEXTS, folder)
     # Two requests a replica: one in the engine, one that waits for it.
     cases = [
         _Case(f"serve.single.c{SINGLE_CONNECTIONS}", single, SINGLE_CONNECTIONS),

@@ -27,7 +27,7 @@ end
 function done(summary, latency, requests)
     local failed = summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout
     io.write(string.format(
-        '{"requests": %d, "requests_per_s": %.6f, "refused": %d, "failed": %d, "p50_ms": %.4f, "p99_ms": %.4f}\n',
+        '{"requests": %d, "requests_per_s": %.6f, "refused": %d, "failed": %d, "p50_ms": %.4f, "p99_ms": %.4f, "max_ms": %.4f}\n',
         summary.requests, summary.requests / (summary.duration / 1e6), summary.errors.status, failed,
-        latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+        latency:percentile(50) / 1e3, latency:percentile(99) / 1e3, latency.max / 1e3))
 end

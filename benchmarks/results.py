@@ -40,13 +40,21 @@ def ratio(ours: list[float], theirs: list[float], **detail: Any) -> Result:
     return Result(middle(ratios), "ratio", True, {"samples": ratios, **detail})
 
 
-def write(results: dict[str, Result], path: Path, *, model_version: str, quick: bool) -> None:
-    """Write `results` with the machine and the commit."""
+def write(
+    results: dict[str, Result],
+    path: Path,
+    *,
+    model_version: str,
+    quick: bool,
+    unavailable: dict[str, str] | None = None,
+) -> None:
+    """Write `results` with the machine, the commit, and why something could not be measured, by its name."""
     content = {
         "machine": machine(),
         "commit": commit(),
         "model_version": model_version,
         "quick": quick,
+        "unavailable": unavailable or {},
         "results": {name: asdict(result) for name, result in results.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)

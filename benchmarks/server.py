@@ -27,7 +27,7 @@ def own_server(settings: Settings, home: Path) -> Iterator[Target]:
     Raises:
         UnavailableError: it did not start; the message holds what it said.
     """
-    port = _free_port()
+    port = free_port()
     environment = _environment(settings, home, port)
     try:
         _command(["up", "--detach"], environment, home, _START_S)
@@ -86,7 +86,8 @@ def _await_ready(url: str) -> None:
             httpx.get(f"{url}/ready", timeout=5.0).raise_for_status()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback address that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -4,13 +4,17 @@ import asyncio
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.bare_engine import usable_cores
-from benchmarks.client import Tally, content_length, figures, run
-from benchmarks.load import Load, Target
+from benchmarks.client import Stream, arrivals, content_length, run
+from benchmarks.load import Load, Target, batch_bodies, in_groups
 from benchmarks.results import Result, machine, ratio, write
-from benchmarks.texts import read_texts, synthetic_texts
+from benchmarks.samples import closed_figures, growth, open_figures, percentile, recovery_s
+from benchmarks.texts import read_texts, synthetic_texts, with_long_texts
 from overtone.errors import DataError
 
 TARGET = Target("http://127.0.0.1:1", "X-API-Key", "secret")
@@ -56,57 +60,143 @@ def test_the_results_file_names_machine_commit_and_samples(tmp_path: Path) -> No
     assert "commit" in content
 
 
-def test_the_rate_is_taken_between_the_first_and_the_last_answer() -> None:
-    tally = Tally(0, 0, 0, answered_at=[10.0, 10.5, 11.0, 12.0], latencies=[0.1, 0.2, 0.3, 0.4])
-    result = figures(tally)
-    assert result["requests_per_s"] == 1.5
-    assert result["p50_ms"] == pytest.approx(300)
+def rows(*entries: tuple[float, float, float, int]) -> np.ndarray:
+    return np.array(entries, dtype=np.float64).reshape(-1, 4)
+
+
+def test_the_rate_of_a_closed_loop_is_taken_between_the_first_and_the_last_answer() -> None:
+    figures = closed_figures(
+        rows((0, 0, 1, 200), (9.9, 9.9, 10.0, 200), (10.3, 10.3, 10.5, 200), (11.6, 11.6, 12.0, 200)), counted_from=5
+    )
+    assert figures.requests_per_s == 1.0
+    assert figures.p50_ms == pytest.approx(200)
+    assert figures.statuses == {"200": 3}
 
 
 def test_no_answers_are_no_rate() -> None:
-    assert figures(Tally(0, 0, 0))["requests_per_s"] == 0
+    assert closed_figures(rows(), 0).requests_per_s == 0
 
 
-def test_full_requests_only_are_sent_and_the_key_is_kept_private(tmp_path: Path) -> None:
-    Load(TARGET, "/predict/batch", ["a", "b", "c", "d", "e"], batch=2, folder=tmp_path)
-    bodies = [json.loads(line) for line in (tmp_path / "predict_batch.jsonl").read_text().splitlines()]
-    assert bodies == [{"texts": ["a", "b"]}, {"texts": ["c", "d"]}]
-    assert (tmp_path / "predict_batch.headers").stat().st_mode & 0o077 == 0
+def test_an_open_loop_counts_latency_from_when_a_request_was_due() -> None:
+    figures = open_figures(rows((1.0, 1.5, 2.0, 200), (1.2, 1.5, 1.6, 429), (8, 8, 8.1, 200)), start=0, end=4)
+    assert figures.p99_ms == pytest.approx(1000)
+    assert figures.requests_per_s == 0.25
+    assert figures.refusal_p99_ms == pytest.approx(400)
+    assert figures.late_p99_ms == pytest.approx(500)
+    assert figures.statuses == {"200": 1, "429": 1}
 
 
-def test_few_texts_fill_a_request_by_repeating(tmp_path: Path) -> None:
-    Load(TARGET, "/predict/batch", ["a", "b"], batch=5, folder=tmp_path)
-    assert json.loads((tmp_path / "predict_batch.jsonl").read_text()) == {"texts": ["a", "b", "a", "b", "a"]}
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0.01, 1))
+def test_a_percentile_is_a_sample_that_enough_samples_do_not_exceed(values: list[float], share: float) -> None:
+    found = percentile(values, share)
+    assert found in values
+    assert sum(value <= found for value in values) >= share * len(values) - 1e-6
+
+
+def test_recovery_ends_with_the_last_request_that_was_not_served_as_usual() -> None:
+    calm = [(10.0 + step, 10.0 + step, 10.1 + step, 200) for step in range(5)]
+    assert recovery_s(rows(*calm), end=10, usual_ms=150) == 0
+    assert recovery_s(rows(*calm, (10.5, 10.5, 10.6, 503)), end=10, usual_ms=150) == 0.5
+    assert recovery_s(rows(*calm, (11.5, 11.5, 14.6, 200)), end=10, usual_ms=150) == 1.5
+    assert recovery_s(rows(*calm, (14.5, 14.5, 14.6, 503)), end=10, usual_ms=150) == float("inf")
+    assert recovery_s(rows(), end=10, usual_ms=150) == float("inf")
+
+
+def test_growth_leaves_the_warm_up_out() -> None:
+    assert growth([1, 1, 100, 100, 110, 110]) == 0.1
+    assert growth([1, 2]) == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 200), st.floats(0.1, 5)), max_size=4), st.integers(0, 99))
+def test_arrivals_are_in_order_and_within_their_phases(phases: list[tuple[float, float]], seed: int) -> None:
+    due = list(arrivals(phases, seed))
+    assert due == sorted(due) == list(arrivals(phases, seed))
+    start = 0.0
+    for rate, seconds in phases:
+        if rate == 0:
+            assert not [at for at in due if start < at < start + seconds]
+        start += seconds
+    assert all(0 <= at <= start for at in due)
+
+
+def test_arrivals_come_at_their_rate() -> None:
+    due = list(arrivals(((100.0, 100.0), (300.0, 100.0)), seed=3))
+    assert len([at for at in due if at < 100]) == pytest.approx(10_000, rel=0.05)
+    assert len([at for at in due if at >= 100]) == pytest.approx(30_000, rel=0.05)
+
+
+def test_every_tenth_text_of_the_mix_is_long() -> None:
+    texts = [f"text {number}" for number in range(30)]
+    mixed = with_long_texts(texts)
+    assert [number for number, text in enumerate(mixed) if text != texts[number]] == [0, 10, 20]
+    assert mixed[0].startswith("text 0 text 1 ")
+
+
+def test_full_requests_only_are_sent_and_few_texts_are_repeated() -> None:
+    assert batch_bodies(["a", "b", "c", "d", "e"], 2) == [{"texts": ["a", "b"]}, {"texts": ["c", "d"]}]
+    assert in_groups(["a", "b"], 5) == [["a", "b", "a", "b", "a"]]
+
+
+def test_the_key_is_kept_private(tmp_path: Path) -> None:
+    Load(TARGET, "/predict", [{"text": "a"}], 1, tmp_path)
+    (headers,) = tmp_path.rglob("headers")
+    assert headers.stat().st_mode & 0o077 == 0
 
 
 def test_the_length_is_read_from_the_head() -> None:
     assert content_length(b"http/1.1 200 ok\r\ncontent-length: 12\r\nx: y") == 12
     assert content_length(b"http/1.1 204 no content") == 0
+    assert content_length(b"http/1.1 200 ok\r\ntransfer-encoding: chunked") is None
 
 
-@pytest.mark.parametrize(("status", "refused"), [(b"200 OK", False), (b"429 Too Many Requests", True)])
-async def test_the_client_counts_answers_and_refusals(status: bytes, refused: bool) -> None:
+def stream(folder: Path, *, rate: float, seconds: float, connections: int) -> Stream:
+    (folder / "bodies").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (folder / "headers").write_text("X-Key: k\n")
+    files = (str(folder / "bodies"), str(folder / "headers"))
+    return Stream("it", "/predict", *files, connections, ((rate, seconds),))
+
+
+@pytest.mark.parametrize("head", [b"200 OK\r\nContent-Length: 4\r\n\r\nab", b"429 No\r\nContent-Length: 4\r\n\r\nab"])
+@pytest.mark.parametrize("rate", [0, 200.0])
+async def test_the_client_writes_down_answers_and_refusals(tmp_path: Path, head: bytes, rate: float) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(1024):
             # In two parts, as large answers come.
-            writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 4\r\n\r\nab")
+            writer.write(b"HTTP/1.1 " + head)
             await writer.drain()
             writer.write(b"cd")
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        result = await run("127.0.0.1", port, [b"POST / HTTP/1.1\r\n\r\n"], connections=3, seconds=0.05)
-    assert result["requests"] >= 6
-    assert (result["refused"] > 0) is refused
-    assert result["failed"] == 0
+        seen = (await run("127.0.0.1", port, [stream(tmp_path, rate=rate, seconds=0.1, connections=3)]))["it"]
+    assert len(seen) >= 6
+    assert set(seen[:, 3]) == {float(head[:3])}
+    assert (seen[:, 0] <= seen[:, 1]).all()
+    assert (seen[:, 1] <= seen[:, 2]).all()
 
 
-async def test_a_connection_that_the_server_closes_is_a_failure() -> None:
-    def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def test_chunked_answers_are_read_to_their_end(tmp_path: Path) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1024):
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n")
+            await writer.drain()
+            writer.write(b"0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        seen = (await run("127.0.0.1", port, [stream(tmp_path, rate=0, seconds=0.05, connections=1)]))["it"]
+    assert set(seen[:, 3]) == {200}
+
+
+@pytest.mark.parametrize("rate", [0, 100.0])
+async def test_a_request_that_is_never_answered_has_no_status(tmp_path: Path, rate: float) -> None:
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1024)
         writer.close()
 
     async with await asyncio.start_server(close, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        result = await run("127.0.0.1", port, [b"x"], connections=2, seconds=0.05)
-    assert result["failed"] == 2
+        seen = (await run("127.0.0.1", port, [stream(tmp_path, rate=rate, seconds=0.05, connections=2)]))["it"]
+    assert set(seen[:, 3]) <= {0.0}
