@@ -145,7 +145,10 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
     script = folder / "haproxy.sh"
     setpriv = shutil.which("setpriv")
     prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
-    script.write_text(_SCRIPT.format(folder=folder, prefix=prefix, binary=binary), encoding="utf-8")
+    content = _SCRIPT.format(folder=folder, prefix=prefix, binary=binary)
+    # A running stack may start it at any time, so it is not written again for nothing.
+    if not script.exists() or script.read_text(encoding="utf-8") != content:
+        script.write_text(content, encoding="utf-8")
     script.chmod(0o700)
     prefixed = {
         "BINARY_PATH": str(script),

@@ -1,10 +1,10 @@
 """The one process that talks to Ray for the supervisor.
 
 `python -m overtone.cli.driver ADDRESS METRICS_FOLDER [INGEST_FILE ...]` connects to the Ray instance at ADDRESS, then
-obeys one word a line on standard input (`serve`, `ingest`, `stop-ingest`) and answers each on standard output with a
-line of JSON: `{"done": WORD, "seconds": S}` or `{"failed": WORD, "code": CODE, "message": TEXT}`. The end of standard
-input ends it. A process of its own, because Ray installs signal handlers, starts threads and keeps 150 MB that a
-supervisor must not have.
+obeys one word a line on standard input (`serve`, `models`, `ingest`, `stop-ingest`) and answers each on standard output
+with a line of JSON: `{"done": WORD, "seconds": S}` or `{"failed": WORD, "code": CODE, "message": TEXT}`. The end of
+standard input ends it. A process of its own, because Ray installs signal handlers, starts threads and keeps 150 MB that
+a supervisor must not have.
 """
 
 import json
@@ -32,8 +32,9 @@ def main(arguments: list[str]) -> int:
     answers = _own_stdout()
     settings = load_settings()
     configure("driver", settings.log_level)
-    commands: dict[str, Callable[[Settings], None]] = {
-        "serve": lambda settings: _serve(settings, Path(arguments[1])),
+    commands: dict[str, Callable[[Settings], dict[str, object] | None]] = {
+        "serve": lambda settings: _serve(settings, arguments[0], Path(arguments[1])),
+        "models": _models,
         "ingest": lambda settings: _ingest(settings, *map(Path, arguments[1:])),
         "stop-ingest": _stop_ingest,
     }
@@ -52,12 +53,12 @@ def _own_stdout() -> int:
     return answers
 
 
-def _obey(answers: int, word: str, command: Callable[[Settings], None], settings: Settings) -> bool:
+def _obey(answers: int, word: str, command: Callable[[Settings], dict[str, object] | None], settings: Settings) -> bool:
     started = time.monotonic()
     answer: dict[str, object]
     try:
-        command(settings)
-        answer = {"done": word, "seconds": round(time.monotonic() - started, 3)}
+        details = command(settings) or {}
+        answer = {"done": word, "seconds": round(time.monotonic() - started, 3), **details}
     except Exception as error:  # the edge: whatever happened is told to the supervisor
         _log.error("driver.failed", command=word, exc_info=True)
         code = error.code if isinstance(error, OvertoneError) else "internal"
@@ -84,10 +85,29 @@ def _connect(address: str) -> None:
             time.sleep(0.1)
 
 
-def _serve(settings: Settings, metrics: Path) -> None:
+def _serve(settings: Settings, address: str, metrics: Path) -> None:
+    from overtone.cli.rollout import load_rollout, save_running
     from serve.app import ServeArgs, deploy
 
-    deploy(ServeArgs(metrics_folder=str(metrics)), host=settings.api_host, port=settings.api_port)
+    args = {"metrics_folder": str(metrics), "replicas": settings.serve_replicas}
+    live = load_rollout(settings.home).live()
+    deploy(ServeArgs.model_validate(args | {"live": live}), host=settings.api_host, port=settings.api_port)
+    save_running(settings.home, address, args)
+
+
+def _models(settings: Settings) -> dict[str, object]:
+    """Give the replicas that run what `overtone models` wrote down, and nothing else."""
+    from ray import serve
+
+    from overtone.cli.rollout import load_rollout, load_running
+    from serve.app import ServeArgs, deploy
+    from serve.environment import APPLICATION, DEPLOYMENT
+
+    _, args = load_running(settings.home)
+    live = load_rollout(settings.home).live()
+    deploy(ServeArgs.model_validate(args | {"live": live}), host=settings.api_host, port=settings.api_port)
+    states = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].replica_states
+    return {"replicas": sum(states.values())}
 
 
 def _ingest(settings: Settings, metrics: Path, *files: Path) -> None:

@@ -125,7 +125,7 @@ def make_plan(
     if not files and not simulates and _RULES.is_file():
         files = (_RULES.absolute(),)
     load_options(files)
-    environment = environment_for(settings, DATABASE_URL=database_url, **_ray_variables(settings, home, folder))
+    environment = environment_for(settings, DATABASE_URL=database_url, **ray_variables(settings, home, folder))
     if simulates:
         environment["X_API_BASE_URL"] = f"http://{LOOPBACK}:{ports.simulator}"
         environment["TWITTER_BEARER_TOKEN"] = _SIMULATOR_TOKEN
@@ -208,7 +208,8 @@ def _none_left() -> socket.socket:
     raise EnvironmentProblemError("No free TCP port is left on loopback.")
 
 
-def _ray_variables(settings: Settings, home: Path, folder: Path) -> dict[str, str]:
+def ray_variables(settings: Settings, home: Path, folder: Path) -> dict[str, str]:
+    """What every process of Ray, and every process that talks to it, must have in its environment."""
     variables = serve_environment(host=settings.api_host, folder=folder)
     if not is_loopback(settings.api_host):
         # An API that is open to the network does not open Ray to it: only HAProxy and the replicas listen there.
