@@ -15,13 +15,13 @@ from starlette.requests import ClientDisconnect, Request
 from overtone.errors import InvalidInputError, MalformedError, TooLargeError, UnsupportedMediaTypeError
 from overtone.schema import MAX_BATCH_TEXTS, MAX_TEXT_CHARS
 from overtone.text import has_lone_surrogate
+from serve.encodings import inflate, is_gzip
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_SMALL_BODY_BYTES = 64 * 1024
 _MAX_SHOWN_ERRORS = 20
 _JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json\s*(?:;|$)", re.IGNORECASE)
 _CHARSET = re.compile(rb"charset\s*=\s*\"?([\w-]+)", re.IGNORECASE)
-_FIELD_NAME = re.compile(r"\w{1,50}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,36 @@ async def read_json(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> Any
         MalformedError: not UTF-8 or not JSON.
     """
     announced = None
-    media = b""
+    media = encoding = b""
     for name, value in request.scope["headers"]:
         if name == b"content-length":
             announced = value
         elif name == b"content-type":
             media = value
+        elif name == b"content-encoding":
+            encoding = value
     _check_media(media)
-    if announced is not None and announced.isdigit() and int(announced) > max_bytes:
-        raise _too_large(max_bytes, int(announced))
-    return parse_json(await _read(request, max_bytes))
+    return parse_json(await read_bytes(request, announced, encoding, max_bytes))
 
 
-def parse_json(body: bytes) -> Any:
-    """`body` as JSON.
+async def read_bytes(request: Request, announced: bytes | None, encoding: bytes, max_bytes: int) -> bytes:
+    """The body, unpacked, of a request with the headers Content-Length and Content-Encoding given.
+
+    Raises:
+        UnsupportedMediaTypeError: it is packed, and not with gzip.
+        TooLargeError: it is over `max_bytes`, packed or unpacked, whether or not its length was announced.
+        MalformedError: it is not the gzip data that it is said to be.
+    """
+    is_packed = bool(encoding) and is_gzip(encoding)
+    # Eighteen digits are enough, and the conversion of very many is slow.
+    if announced is not None and announced[:18].isdigit() and int(announced[:18]) > max_bytes:
+        raise _too_large(max_bytes, int(announced[:18]))
+    body = await _read(request, max_bytes)
+    return await inflate(body, max_bytes) if is_packed else body
+
+
+def parse_json(body: bytes, what: str = "The body") -> Any:
+    """`body`, which errors call `what`, as JSON.
 
     Raises:
         MalformedError: saying where it stops being UTF-8 or JSON.
@@ -65,44 +81,42 @@ def parse_json(body: bytes) -> Any:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         if "surrogate" in str(error):
-            return _parse_with_surrogates(body)
+            return _parse_with_surrogates(body, what)
         where = f"line {error.lineno}, column {error.colno}"
         reason = "is not UTF-8" if "utf-8" in str(error).lower() else f"is not valid JSON at {where}"
-        raise MalformedError(f"The body {reason}.", errors=[FieldError("body", "not valid JSON")]) from None
+        raise MalformedError(f"{what} {reason}.", errors=[FieldError("body", "not valid JSON")]) from None
 
 
-def text_of(body: Any) -> str:
-    """The one text of a `/predict` body.
+def checked_text(text: Any) -> str:
+    """`text`, if it keeps to the rules for one.
 
     Raises:
         InvalidInputError: naming the field, limit and size.
     """
-    text = _only_field(body, "text")
     problem = text_problem(text)
     if problem is not None:
         raise invalid([problem])
     return text  # type: ignore[no-any-return]
 
 
-def texts_of(body: Any) -> list[str]:
-    """The texts of a `/predict/batch` body.
+def checked_texts(texts: Any, field: str = "texts") -> list[str]:
+    """`texts`, if it is a list of texts and each keeps to the rules.
 
     Raises:
-        InvalidInputError: naming each field that is wrong, the first 20 of them.
+        InvalidInputError: naming each that is wrong, as a part of `field`, the first 20 of them.
     """
-    texts = _only_field(body, "texts")
     if not isinstance(texts, list):
-        raise invalid([FieldError("texts", "must be a list of strings")])
+        raise invalid([FieldError(field, "must be a list of strings")])
     if not texts:
-        raise invalid([FieldError("texts", "must hold at least 1 text", 1, 0)])
+        raise invalid([FieldError(field, "must hold at least 1 text", 1, 0)])
     if len(texts) > MAX_BATCH_TEXTS:
         too_many = f"holds {len(texts)} texts, at most {MAX_BATCH_TEXTS} are allowed"
-        raise invalid([FieldError("texts", too_many, MAX_BATCH_TEXTS, len(texts))])
+        raise invalid([FieldError(field, too_many, MAX_BATCH_TEXTS, len(texts))])
     problems: list[FieldError] = []
     for index, text in enumerate(texts):
         problem = text_problem(text)
         if problem is not None:
-            problems.append(replace(problem, field=f"texts[{index}]"))
+            problems.append(replace(problem, field=f"{field}[{index}]"))
             if len(problems) == _MAX_SHOWN_ERRORS:
                 break
     if problems:
@@ -133,18 +147,6 @@ def invalid(problems: list[FieldError]) -> InvalidInputError:
     first = problems[0]
     more = f" ({len(problems) - 1} more in `errors`)" if len(problems) > 1 else ""
     return InvalidInputError(f"{first.field} {first.problem}{more}.", errors=problems)
-
-
-def _only_field(body: Any, name: str) -> Any:
-    if not isinstance(body, dict):
-        raise invalid([FieldError("body", f"must be a JSON object with the field {name}")])
-    if name not in body:
-        raise invalid([FieldError(name, "is required")])
-    if len(body) > 1:
-        unknown = next(key for key in body if key != name)
-        shown = unknown if _FIELD_NAME.fullmatch(unknown) else "body"
-        raise invalid([FieldError(shown, f"is not a field of this request; {name} is the only one")])
-    return body[name]
 
 
 def _check_media(media: bytes) -> None:
@@ -180,9 +182,9 @@ def _too_large(limit: int, size: int) -> TooLargeError:
     return TooLargeError(f"The body is over the limit of {limit} bytes.", errors=[problem])
 
 
-def _parse_with_surrogates(body: bytes) -> Any:
+def _parse_with_surrogates(body: bytes, what: str) -> Any:
     """orjson refuses a lone surrogate without saying in which field; the standard library lets it through."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        raise MalformedError("The body is not valid JSON.", errors=[FieldError("body", "not valid JSON")]) from None
+        raise MalformedError(f"{what} is not valid JSON.", errors=[FieldError("body", "not valid JSON")]) from None

@@ -1,6 +1,6 @@
 """The routes of the API and what OpenAPI tells of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -9,11 +9,26 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from serve import wire
+from serve.longtext import LONG_TEXT_POLICIES
 
 _JSON = "application/json"
 _PROBLEM_JSON = "application/problem+json"
+_NDJSON = "application/x-ndjson"
+_REF = "#/components/schemas/{model}"
 _GUARDED = (401, 403, 503)
-_TAKING = (400, 413, 415, 422, 429, 500, 504, *_GUARDED)
+_TAKING = (400, 408, 413, 415, 422, 429, 500, 504, *_GUARDED)
+_LINES_IN = '{"text": "I love this"}\n"worst service ever"\n'
+_LINES_OUT = (
+    '{"label": "positive", "confidence": 0.98, "scores": {...}, "model_version": "..."}\n'
+    '{"error": {"status": 422, ...}, "line": 2}\n'
+)
+_NAMES = {"name": "overtone", "version": "default-0123abcd"}
+_PACKED = {
+    "name": "Content-Encoding",
+    "in": "header",
+    "description": "gzip, where the body is packed.",
+    "schema": {"type": "string", "enum": ["gzip", "identity"]},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +57,22 @@ class Route:
     is_open: bool = False
     """Whether it needs neither key nor session."""
     is_shown: bool = True
+    is_packable: bool = False
+    """Whether the body may be gzip."""
+    streams: bool = False
+    """Whether it takes and gives lines of JSON too."""
+    content: str = _JSON
+    """The media type of an answer without a model."""
 
     def options(self) -> dict[str, Any]:
         """What `FastAPI.add_api_route` takes."""
         done: dict[str, Any] = {"description": self.summary}
         if self.answer is not None:
             done["model"] = self.answer
+        elif self.content != _JSON:
+            done["content"] = {self.content: {"schema": {"type": "string"}}}
+        if self.streams:
+            done["content"] = {_NDJSON: {"schema": {"type": "string", "examples": [_LINES_OUT]}}}
         responses: dict[int | str, dict[str, Any]] = {self.status: done}
         for status in self.problems:
             content = {_PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -66,13 +91,23 @@ class Route:
     def _extra(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}
         if self.body is not None:
-            content = {_JSON: {"schema": self.body.model_json_schema()}}
+            content: dict[str, Any] = {_JSON: {"schema": {"$ref": _REF.format(model=self.body.__name__)}}}
+            if self.streams:
+                content[_NDJSON] = {"schema": {"type": "string", "examples": [_LINES_IN]}}
             extra["requestBody"] = {"required": True, "content": content}
-        if self.query:
-            extra["parameters"] = [
-                {"name": item.name, "in": "query", "description": item.description, "schema": item.schema}
-                for item in self.query
-            ]
+        parameters: list[dict[str, Any]] = [
+            {"name": item.name, "in": "query", "description": item.description, "schema": item.schema}
+            for item in self.query
+        ]
+        parameters += [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "example": _NAMES[name]}
+            for name in _NAMES
+            if f"{{{name}}}" in self.path
+        ]
+        if self.is_packable:
+            parameters.append(_PACKED)
+        if parameters:
+            extra["parameters"] = parameters
         if self.is_open:
             extra["security"] = []
         return extra
@@ -81,6 +116,58 @@ class Route:
 _MINUTES = Query("minutes", "Minutes of the series.", {"type": "integer", "minimum": 1, "maximum": 1440, "default": 30})
 _NEWEST = Query("newest", "Newest posts to show.", {"type": "integer", "minimum": 0, "maximum": 200, "default": 50})
 _TOKEN = Query("token", "The one-time token.", {"type": "string"})
+
+
+def _v2(path: str, handler: str, summary: str, answer: type[BaseModel], **more: Any) -> Route:
+    return Route("GET", f"/v2{path}", handler, "inference v2", summary, answer=answer, **more)
+
+
+_INFER = Route(
+    "POST",
+    "/v2/models/{name}/infer",
+    "v2_infer",
+    "inference v2",
+    "Classify texts, as tensors",
+    body=wire.InferenceRequest,
+    answer=wire.InferenceResponse,
+    problems=(404, *_TAKING),
+    is_packable=True,
+)
+_V2 = (
+    _v2("", "v2_server", "What the server is", wire.ServerMetadata, problems=_GUARDED),
+    _v2("/health/live", "v2_live", "Whether the server lives", wire.Liveness, is_open=True),
+    _v2("/health/ready", "v2_ready", "Whether the model is ready", wire.Readiness, is_open=True, problems=(503,)),
+    *(
+        route
+        for version in ("", "/versions/{version}")
+        for route in (
+            _v2(
+                f"/models/{{name}}{version}",
+                "v2_model",
+                "What the model takes and gives",
+                wire.ModelMetadata,
+                problems=(404, *_GUARDED),
+            ),
+            _v2(
+                f"/models/{{name}}{version}/ready",
+                "v2_model_ready",
+                "Whether the model is ready",
+                wire.Readiness,
+                problems=(404, 503),
+                is_open=True,
+            ),
+            replace(_INFER, path=f"/v2/models/{{name}}{version}/infer"),
+        )
+    ),
+)
+"""The Open Inference Protocol v2."""
+
+_OPTIONS = (
+    Query("top_k", "As in the body.", {"type": "integer", "minimum": 1}),
+    Query("threshold", "As in the body.", {"type": "number", "minimum": 0, "maximum": 1}),
+    Query("long_text", "As in the body.", {"type": "string", "enum": list(LONG_TEXT_POLICIES)}),
+    Query("explain", "As in the body; not for streamed batches.", {"type": "boolean"}),
+)
 
 ROUTES = (
     Route(
@@ -92,16 +179,20 @@ ROUTES = (
         body=wire.PredictRequest,
         answer=wire.Prediction,
         problems=_TAKING,
+        is_packable=True,
     ),
     Route(
         "POST",
         "/predict/batch",
         "predict_batch",
         "predictions",
-        "Classify up to 10,000 texts",
+        "Classify up to 10,000 texts, or any number of them line by line",
         body=wire.BatchRequest,
         answer=wire.BatchResponse,
         problems=_TAKING,
+        query=_OPTIONS,
+        is_packable=True,
+        streams=True,
     ),
     Route(
         "GET",
@@ -112,6 +203,15 @@ ROUTES = (
         answer=wire.Stats,
         problems=(422, *_GUARDED),
         query=(_MINUTES, _NEWEST),
+    ),
+    Route(
+        "GET",
+        "/models",
+        "models",
+        "models",
+        "The bundles that the replica serves, and how a challenger does",
+        answer=wire.Models,
+        problems=_GUARDED,
     ),
     Route("GET", "/health", "health", "state", "Whether the replica lives", answer=wire.Status, is_open=True),
     Route(
@@ -124,7 +224,16 @@ ROUTES = (
         problems=(503,),
         is_open=True,
     ),
-    Route("GET", "/metrics", "metrics", "state", "Metrics of all replicas of this machine", is_open=True),
+    Route(
+        "GET",
+        "/metrics",
+        "metrics",
+        "state",
+        "Metrics of all replicas of this machine",
+        is_open=True,
+        content="text/plain",
+    ),
+    *_V2,
     Route(
         "GET",
         "/sign-in",
@@ -174,8 +283,10 @@ def _schema(app: FastAPI, api_key_header: str, session_cookie: str) -> dict[str,
         description="Sentiment of short texts and of posts on X.",
     )
     components = schema.setdefault("components", {})
-    problem = wire.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    components.setdefault("schemas", {}).update(problem.pop("$defs", {}) | {"Problem": problem})
+    models: list[type[BaseModel]] = [wire.Problem, *(route.body for route in ROUTES if route.body is not None)]
+    for model in models:
+        described = model.model_json_schema(ref_template=_REF)
+        components.setdefault("schemas", {}).update(described.pop("$defs", {}) | {model.__name__: described})
     components["securitySchemes"] = {
         "key": {"type": "apiKey", "in": "header", "name": api_key_header},
         "bearer": {"type": "http", "scheme": "bearer"},

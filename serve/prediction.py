@@ -5,16 +5,20 @@ from functools import cache
 from typing import Any
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive
 
 from overtone import metrics
 from overtone.bundle import Bundle
-from serve import bodies
-from serve.classifier import INTERACTIVE_TEXTS, Answer, Scores
+from serve import bodies, options
+from serve.auth import Identity
+from serve.classifier import INTERACTIVE_TEXTS
+from serve.encodings import compressed
+from serve.explain import MAX_TEXTS, occlusion
+from serve.longtext import Scores
+from serve.ndjson import Stream, StreamedAnswers, is_ndjson
+from serve.options import PLAIN, Options
 from serve.problems import problem
-from serve.service import Service, json_response
+from serve.service import Service, json_response, while_there
 
 
 class PredictionRoutes:
@@ -24,47 +28,113 @@ class PredictionRoutes:
         self._service = service
 
     async def predict(self, request: Request) -> Response:
-        await self._service.gate.authorise(request, "predict")
-        text = bodies.text_of(await bodies.read_json(request))
-        answer = await self._classify(request, [text], self._service.interactive_deadline_s)
+        identity = await self._service.gate.authorise(request, "predict")
+        value, asked = options.split(await bodies.read_json(request), "text")
+        text = bodies.checked_text(value)
+        await self._service.gate.spend(identity, 1)
+        if asked is not PLAIN:
+            (prediction,), _ = await self._predicted(request, [text], asked)
+            if isinstance(prediction, Exception):
+                raise prediction
+            return json_response(prediction)
+        answer = await while_there(
+            request,
+            self._service.classifier.classify(
+                [text],
+                deadline_s=self._service.interactive_deadline_s,
+                request_id=request.scope.get("overtone.request_id"),
+            ),
+        )
         row = answer.rows[0]
         if isinstance(row, Exception):
             raise row
         return json_response(_prediction(answer.bundle, row))
 
     async def predict_batch(self, request: Request) -> Response:
-        await self._service.gate.authorise(request, "predict")
-        texts = bodies.texts_of(await bodies.read_json(request))
+        identity = await self._service.gate.authorise(request, "predict")
+        asked = options.from_query(request.query_params.multi_items()) if request.scope.get("query_string") else PLAIN
+        if is_ndjson(request):
+            return self._streamed(request, identity, asked)
+        value, asked = options.split(await bodies.read_json(request), "texts", asked)
+        texts = bodies.checked_texts(value)
+        await self._service.gate.spend(identity, len(texts))
+        predictions, bundle = await self._predicted(request, texts, asked)
+        shown = [{"error": problem(request, item)} if isinstance(item, Exception) else item for item in predictions]
+        response = json_response({"predictions": shown, "model_version": bundle.version})
+        return await compressed(response, request.scope["headers"])
+
+    def _streamed(self, request: Request, identity: Identity, asked: Options) -> Response:
         service = self._service
-        is_bulk = len(texts) > INTERACTIVE_TEXTS
-        deadline_s = service.bulk_deadline_s if is_bulk else service.interactive_deadline_s
-        answer = await self._classify(request, texts, deadline_s)
-        predictions = [
-            {"error": problem(request, row)} if isinstance(row, Exception) else _prediction(answer.bundle, row)
-            for row in answer.rows
-        ]
-        return json_response({"predictions": predictions, "model_version": answer.bundle.version})
+        asked.check_labels(len(service.classifier.bundle.labels))
+        if asked.explain:
+            raise bodies.invalid([bodies.FieldError("explain", "is not for streamed batches")])
 
-    async def _classify(self, request: Request, texts: list[str], deadline_s: float) -> Answer:
-        """Classify for as long as the client is there; its body has been read."""
-        current = asyncio.current_task()
-        assert current is not None
-        watch = asyncio.get_running_loop().create_task(_cancel_when_left(request.receive, current))
-        try:
-            return await self._service.classifier.classify(texts, deadline_s=deadline_s)
-        except asyncio.CancelledError:
-            if not watch.done() or watch.cancelled():
-                raise
-            current.uncancel()
-            raise ClientDisconnect from None
-        finally:
-            watch.cancel()
+        async def spend(texts: int) -> None:
+            await service.gate.spend(identity, texts)
+
+        async def classify(texts: list[str]) -> list[Any]:
+            answer = await service.classifier.classify(
+                texts, deadline_s=service.bulk_deadline_s, long_text=asked.long_text, priority="bulk"
+            )
+            return [_shown(answer.bundle, row, asked) for row in answer.rows]
+
+        return StreamedAnswers(request, Stream(spend, classify, patience_s=service.bulk_deadline_s))
+
+    async def _predicted(
+        self, request: Request, texts: list[str], asked: Options
+    ) -> tuple[list[dict[str, Any] | Exception], Bundle]:
+        """The prediction of each text, or why it has none."""
+        service = self._service
+        deadline_s = service.bulk_deadline_s if len(texts) > INTERACTIVE_TEXTS else service.interactive_deadline_s
+        if asked is not PLAIN:
+            asked.check_labels(len(service.classifier.bundle.labels))
+        if asked.explain:
+            return await self._explained(request, texts, asked, deadline_s)
+        work = service.classifier.classify(
+            texts,
+            deadline_s=deadline_s,
+            long_text=asked.long_text,
+            request_id=request.scope.get("overtone.request_id"),
+        )
+        answer = await while_there(request, work)
+        return [_shown(answer.bundle, row, asked) for row in answer.rows], answer.bundle
+
+    async def _explained(
+        self, request: Request, texts: list[str], asked: Options, deadline_s: float
+    ) -> tuple[list[dict[str, Any] | Exception], Bundle]:
+        if len(texts) > MAX_TEXTS:
+            problem = f"can be true for at most {MAX_TEXTS} texts a request"
+            raise bodies.invalid([bodies.FieldError("explain", problem, MAX_TEXTS, len(texts))])
+        classifier = self._service.classifier
+        occlusions = await asyncio.to_thread(lambda: [occlusion(classifier.encoder, text) for text in texts])
+        variants = [variant for item in occlusions for variant in item.variants]
+        work = classifier.classify(variants, deadline_s=deadline_s, long_text=asked.long_text)
+        answer = await while_there(request, work)
+        predictions: list[dict[str, Any] | Exception] = []
+        start = 0
+        for item in occlusions:
+            rows = answer.rows[start : start + len(item.variants)]
+            start += len(item.variants)
+            try:
+                predictions.append(_shown(answer.bundle, rows[0], asked) | {"explanation": item.explanation(rows)})
+            except Exception as error:  # one text's failure must not become its neighbours'
+                predictions.append(error)
+        return predictions, answer.bundle
 
 
-async def _cancel_when_left(receive: Receive, task: "asyncio.Task[Any]") -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    task.cancel()
+def _shown(bundle: Bundle, row: Scores | Exception, asked: Options) -> Any:
+    """The result `row` of `bundle`, as `asked`."""
+    if isinstance(row, Exception):
+        return row
+    prediction = _prediction(bundle, row)
+    if asked.top_k is not None:
+        best = sorted(prediction["scores"].items(), key=lambda item: -item[1])[: asked.top_k]
+        prediction["scores"] = dict(best)
+    if asked.threshold is not None:
+        prediction["abstained"] = prediction["confidence"] < asked.threshold
+        if prediction["abstained"]:
+            prediction["label"] = None
+    return prediction
 
 
 def _prediction(bundle: Bundle, scores: Scores) -> dict[str, Any]:
