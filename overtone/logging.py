@@ -44,6 +44,11 @@ def get_logger(**bound: Any) -> FilteringBoundLogger:
     return logger
 
 
+def is_enabled_for(level: str) -> bool:
+    """Whether lines of `level` are shown, for callers that would gather their fields in vain."""
+    return bool(structlog.get_logger().is_enabled_for(logging.getLevelNamesMapping()[level]))
+
+
 def _constant(key: str, value: str) -> Any:
     def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         event[key] = value

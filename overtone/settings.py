@@ -217,11 +217,20 @@ class Settings(BaseSettings):
         3600, ge=1, le=2_592_000, description="Seconds that scores stay in Redis. 1 to 2592000 (30 days)."
     )
 
-    # --- logs and metrics
+    # --- logs, metrics and traces
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="DEBUG, INFO, WARNING or ERROR."
     )
     log_format: Literal["json", "console"] = Field("json", description="json or console.")
+    otel_exporter_otlp_endpoint: HttpUrl | None = Field(
+        None, description="OpenTelemetry collector that traces are sent to by OTLP over HTTP. Unset: no traces."
+    )
+    otel_traces_sampler_arg: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of requests traced where the caller has not decided. 0 to 1.",
+    )
     prometheus_multiproc_dir: Path | None = Field(
         None,
         description="Folder through which the processes of one machine add up their metrics. Set by `overtone up`.",

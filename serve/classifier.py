@@ -18,7 +18,7 @@ from overtone.bundle import Bundle, TextEncoder, load_bundle
 from overtone.engine import Engine, open_engine
 from overtone.errors import BundleError, DeadlineExceededError, EngineError, ShuttingDownError, UnavailableError
 from overtone.logging import get_logger
-from serve.batcher import Limits, Priority, TokenIds
+from serve.batcher import Limits, Priority, Timing, TokenIds
 from serve.cache import Cache, key_of
 from serve.longtext import LongText
 from serve.model import Model, Scores, Turns, open_model
@@ -170,10 +170,11 @@ class Classifier:
         long_text: LongText = "truncate",
         priority: Priority | None = None,
         request_id: bytes | None = None,
+        timing: Timing | None = None,
     ) -> Answer:
         """Classify valid `texts`, all with one bundle.
 
-        Requests with the same `request_id` go to the same bundle while a canary runs.
+        Requests with the same `request_id` go to the same bundle while a canary runs. `timing` is filled in.
 
         Raises:
             OverloadedError, DeadlineExceededError, ShuttingDownError: see `TokenBatcher.submit`.
@@ -181,10 +182,13 @@ class Classifier:
         """
         if priority is None:
             priority = "interactive" if len(texts) <= INTERACTIVE_TEXTS else "bulk"
+        if timing is not None:
+            timing.started = time.monotonic()
+        request = _Request(texts, deadline_s, long_text, priority, timing)
         if self._trial is None and self._cache is None:
-            answer = await self._classify_by_champion(texts, deadline_s, long_text, priority)
+            answer = await self._classify_by_champion(request, texts)
         else:
-            answer = await self._classify_on_trial(_Request(texts, deadline_s, long_text, priority), request_id)
+            answer = await self._classify_on_trial(request, request_id)
         _TEXTS[priority].inc(len(texts))
         return answer
 
@@ -225,15 +229,16 @@ class Classifier:
         found = [] if self._champion is None else [self._champion]
         return found if self._trial is None else [*found, self._trial.model]
 
-    async def _classify_by_champion(
-        self, texts: Sequence[str], deadline_s: float | None, long_text: LongText, priority: Priority
-    ) -> Answer:
+    async def _classify_by_champion(self, request: "_Request", texts: Sequence[str]) -> Answer:
+        """The answer for `texts`, which are those of `request` or some of them."""
         while True:
             model = self._current()
             try:
-                model.batcher.admit(len(texts), priority)
-                encoded = await model.encode(texts, long_text, self._other_thread)
-                rows = await model.batcher.submit(encoded.rows, priority=priority, deadline_s=deadline_s)
+                model.batcher.admit(len(texts), request.priority)
+                encoded = await model.encode(texts, request.long_text, self._other_thread)
+                rows = await model.batcher.submit(
+                    encoded.rows, priority=request.priority, deadline_s=request.deadline_s, timing=request.timing
+                )
             except ShuttingDownError:
                 if model is self._champion:
                     raise
@@ -257,7 +262,7 @@ class Classifier:
             return Answer(model.bundle, list(found))  # type: ignore[arg-type]  # none is missing
         texts = request.texts if len(missing) == len(found) else [request.texts[index] for index in missing]
         started = time.monotonic()
-        answer = await self._classify_by_champion(texts, request.deadline_s, request.long_text, request.priority)
+        answer = await self._classify_by_champion(request, texts)
         if trial is not None:
             self._note(trial, request, started, failed=_has_failed(answer.rows), by_challenger=False)
             trial.shadow.offer(texts, answer.rows, answer.bundle.labels)
@@ -280,7 +285,9 @@ class Classifier:
         model, started = trial.model, time.monotonic()
         try:
             encoded = await model.encode(request.texts, request.long_text, self._other_thread)
-            rows = await model.batcher.submit(encoded.rows, priority=request.priority, deadline_s=request.deadline_s)
+            rows = await model.batcher.submit(
+                encoded.rows, priority=request.priority, deadline_s=request.deadline_s, timing=request.timing
+            )
         except ShuttingDownError:
             return None
         except DeadlineExceededError:
@@ -401,6 +408,7 @@ class _Request:
     deadline_s: float | None
     long_text: LongText
     priority: Priority
+    timing: Timing | None
 
 
 def _has_failed(rows: Sequence[Scores | Exception]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
+from opentelemetry.trace import Span
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -20,7 +21,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overtone import __version__, errors, metrics
-from serve.auth import SESSION_COOKIE, Gate
+from overtone.logging import get_logger, is_enabled_for
+from serve.auth import SESSION_COOKIE
+from serve.batcher import Timing
 from serve.encodings import MIN_GZIP_BYTES
 from serve.inference import InferenceRoutes
 from serve.models import ModelRoutes
@@ -30,7 +33,10 @@ from serve.prediction import PredictionRoutes
 from serve.problems import problem_response
 from serve.service import Handler, Service
 from serve.sessions import SessionRoutes
+from serve.tracing import trace_id
 
+_SLOW_S = 1.0
+"""A request that takes longer is logged; with LOG_LEVEL=DEBUG every request is."""
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 HOT_ROUTES = {("POST", "/predict"): "predict", ("POST", "/predict/batch"): "predict_batch"}
 """The routes that skip the framework, and their handlers."""
@@ -58,16 +64,18 @@ def create_app(service: Service) -> ASGIApp:
             allow_headers=[service.gate.api_key_header, "Authorization", "Content-Type", "X-Request-ID"],
             expose_headers=["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
         )
-    return _Edge(app, service.gate, sends_id=service.sends_request_id)
+    return _Edge(app, service)
 
 
 class _Edge:
-    """Outermost: what every answer carries in its headers, and the request's count and duration."""
+    """Outermost: what every answer carries in its headers, and the request's count, duration and trace."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, *, sends_id: bool) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._gate = gate
-        self._sends_id = sends_id
+        self._gate = service.gate
+        self._sends_id = service.sends_request_id
+        self._tracing = service.tracing
+        self._logs_all = is_enabled_for("DEBUG")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +84,7 @@ class _Edge:
         started = time.perf_counter()
         request_id = scope["overtone.request_id"] = _request_id(scope)
         status = 0
+        span = self._tracing.start(scope) if self._tracing is not None else None
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -84,6 +93,9 @@ class _Edge:
                 headers = [*message.get("headers", ()), *_SAFE_HEADERS, *self._gate.limit_headers(scope)]
                 if self._sends_id:
                     headers.append((b"x-request-id", request_id))
+                timing = scope.get("overtone.timing")
+                if timing is not None:
+                    headers.append((b"server-timing", _server_timing(timing)))
                 message["headers"] = headers
             await send(message)
 
@@ -95,7 +107,12 @@ class _Edge:
                 method = "other"
             # 499: the client left before there was an answer.
             _request_counter(method, route, status or 499).inc()
-            _duration(method, route).observe(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            _duration(method, route).observe(seconds)
+            if self._tracing is not None and span is not None:
+                self._tracing.end(span, f"{method} {route}", status or 499, scope.get("overtone.timing"))
+            if seconds >= _SLOW_S or status >= 500 or self._logs_all:
+                _log(scope, f"{method} {route}", status or 499, seconds, span)
 
 
 class _Dispatch:
@@ -143,6 +160,21 @@ def _framework(service: Service, handlers: Mapping[str, Handler]) -> FastAPI:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return problem_response(request, error)
+
+
+def _log(scope: Scope, name: str, status: int, seconds: float, span: Span | None) -> None:
+    logger = get_logger(request_id=scope["overtone.request_id"].decode("latin-1"), status=status)
+    fields: dict[str, Any] = {"request": name, "duration_ms": round(seconds * 1000, 2)}
+    if span is not None:
+        fields["trace_id"] = trace_id(span)
+    fields |= scope.get("overtone.prediction", {})
+    tell = logger.warning if status >= 500 or seconds >= _SLOW_S else logger.debug
+    tell("request.answered", **fields)
+
+
+def _server_timing(timing: Timing) -> bytes:
+    """How long each stage took, in ms, as browsers and proxies read it (W3C Server Timing)."""
+    return ", ".join(f"{name};dur={(end - start) * 1000:.2f}" for name, start, end in timing.stages()).encode()
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -11,6 +11,7 @@ from overtone import metrics
 from overtone.bundle import Bundle
 from serve import bodies, options
 from serve.auth import Identity
+from serve.batcher import Timing
 from serve.classifier import INTERACTIVE_TEXTS
 from serve.encodings import compressed
 from serve.explain import MAX_TEXTS, occlusion
@@ -37,10 +38,12 @@ class PredictionRoutes:
             if isinstance(prediction, Exception):
                 raise prediction
             return json_response(prediction)
+        timing = request.scope["overtone.timing"] = Timing()
         answer = await while_there(
             request,
             self._service.classifier.classify(
                 [text],
+                timing=timing,
                 deadline_s=self._service.interactive_deadline_s,
                 request_id=request.scope.get("overtone.request_id"),
             ),
@@ -48,6 +51,7 @@ class PredictionRoutes:
         row = answer.rows[0]
         if isinstance(row, Exception):
             raise row
+        request.scope["overtone.prediction"] = {"model_version": answer.bundle.version, "confidence": max(row)}
         return json_response(_prediction(answer.bundle, row))
 
     async def predict_batch(self, request: Request) -> Response:
@@ -90,8 +94,10 @@ class PredictionRoutes:
             asked.check_labels(len(service.classifier.bundle.labels))
         if asked.explain:
             return await self._explained(request, texts, asked, deadline_s)
+        timing = request.scope["overtone.timing"] = Timing()
         work = service.classifier.classify(
             texts,
+            timing=timing,
             deadline_s=deadline_s,
             long_text=asked.long_text,
             request_id=request.scope.get("overtone.request_id"),

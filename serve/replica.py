@@ -1,7 +1,7 @@
 """The deployment: one process that listens, batches and runs the engine."""
 
 import contextlib
-from asyncio import Task, get_running_loop
+from asyncio import Task, get_running_loop, to_thread
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from serve.service import Service
 from serve.shortcut import Shortcut
 from serve.store import Store
 from serve.tokens import open_tokens
+from serve.tracing import open_tracing
 
 
 class ReplicaOptions(BaseModel):
@@ -63,10 +64,12 @@ class Replica:
             self._keys, api_key_header=self._settings.api_key_header, tokens=self._tokens, quotas=self._quotas
         )
         self._classifier = Classifier(limits=options.limits, threads=options.threads, cache=_cache(self._settings))
+        self._tracing = open_tracing(self._settings.otel_exporter_otlp_endpoint, self._settings.otel_traces_sampler_arg)
         self._service = Service(
             classifier=self._classifier,
             gate=self._gate,
             records=self._store,
+            tracing=self._tracing,
             replica=serve.get_replica_context().replica_id.unique_id,
             cors_origins=self._settings.cors_origins,
             metrics_folder=self._settings.prometheus_multiproc_dir,
@@ -130,6 +133,8 @@ class Replica:
             await self._classifier.close()
         if self._tokens is not None:
             await self._tokens.close()
+        if self._tracing is not None:
+            await to_thread(self._tracing.close)
         await self._quotas.close()
         await self._store.close()
 

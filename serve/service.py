@@ -15,6 +15,7 @@ from starlette.types import Receive
 
 from serve.auth import Gate
 from serve.classifier import Classifier
+from serve.tracing import Tracing
 
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ class Service:
     bulk_deadline_s: float = 600.0
     replica: str = ""
     """Which of the replicas answers."""
+    tracing: Tracing | None = None
 
 
 def json_response(value: Any, *, cached: bool = True) -> Response:

@@ -29,24 +29,23 @@ class Tracing:
         # From the clock that stages are timed by to that of traces.
         self._offset_ns = time.time_ns() - int(clock() * 1e9)
 
-    def start(self, scope: Scope, route: str) -> Span:
+    def start(self, scope: Scope) -> Span:
         """The span of the request `scope`, a child of the caller's where it sent `traceparent`."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        return self._tracer.start_span(
-            f"{scope['method']} {route}",
-            context=propagate.extract(headers),
-            kind=SpanKind.SERVER,
-            attributes={"http.request.method": scope["method"], "http.route": route},
-        )
+        return self._tracer.start_span("request", context=propagate.extract(headers), kind=SpanKind.SERVER)
 
-    def end(self, span: Span, status: int, timing: Timing | None = None, **attributes: str | int) -> None:
-        """End `span` with the stages in `timing` and what is known of the answer."""
+    def end(self, span: Span, name: str, status: int, timing: Timing | None = None) -> None:
+        """End `span`, now named after method and route, with the stages in `timing` and the status of the answer."""
         if span.is_recording():
             parent = trace.set_span_in_context(span)
-            for name, start, end in timing.stages() if timing is not None else ():
-                stage = self._tracer.start_span(name, context=parent, start_time=self._at(start))
+            for stage_name, start, end in timing.stages() if timing is not None else ():
+                stage = self._tracer.start_span(stage_name, context=parent, start_time=self._at(start))
                 stage.end(self._at(end))
-            span.set_attributes({"http.response.status_code": status, **attributes})
+            method, _, route = name.partition(" ")
+            span.update_name(name)
+            span.set_attributes(
+                {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+            )
             if status >= 500:
                 span.set_status(Status(StatusCode.ERROR))
         span.end()
@@ -59,11 +58,9 @@ class Tracing:
         return self._offset_ns + int(clock_s * 1e9)
 
 
-def traceparent(span: Span) -> bytes:
-    """The header that tells the caller, and whoever reads the logs, which trace the request is in."""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier, trace.set_span_in_context(span))
-    return carrier.get("traceparent", "").encode("latin-1")
+def trace_id(span: Span) -> str:
+    """The trace of `span`, as log lines and the collector write it."""
+    return trace.format_trace_id(span.get_span_context().trace_id)
 
 
 def open_tracing(endpoint: str | None, ratio: float, *, exporter: SpanExporter | None = None) -> Tracing | None:

@@ -1,7 +1,8 @@
 """The API over ASGI, with a real classifier on a tiny bundle and keys kept in memory."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
 from datetime import datetime
 from hashlib import sha256
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+import structlog
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from overtone import errors
+from overtone import errors, logging
 from overtone.bundle import Bundle
 from overtone.engine import Engine, Probabilities, open_engine
 from overtone.schema import MAX_BATCH_TEXTS, MAX_TEXT_CHARS
@@ -21,6 +24,7 @@ from serve.classifier import Classifier
 from serve.http import create_app
 from serve.problems import status_of
 from serve.service import Service
+from serve.tracing import open_tracing
 
 SECRET = "ovt_a-key-that-may-do-all"
 PREDICT_ONLY = "ovt_predict-only"
@@ -503,3 +507,42 @@ async def test_texts_of_a_client_that_left_are_given_up(tiny_bundle: Bundle) -> 
 
     assert sent == []
     assert api.service.classifier.waiting == 0
+
+
+async def test_an_answer_tells_where_its_time_went(tiny_bundle: Bundle) -> None:
+    api = await opened(tiny_bundle)
+
+    for path, body in (("/predict", {"text": "love"}), ("/predict/batch", {"texts": ["love", "hate"]})):
+        parts = (await api.post(path, body)).headers["server-timing"].split(", ")
+        assert [part.split(";dur=")[0] for part in parts] == ["tokenise", "queue", "engine"]
+        assert all(float(part.split(";dur=")[1]) >= 0 for part in parts)
+    assert "server-timing" not in (await api.get("/health")).headers
+
+
+@pytest.fixture
+def logged() -> Iterator[None]:
+    logging.configure("serve", "DEBUG", "json")
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("logged")
+async def test_requests_are_traced_and_logged_by_trace(tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    exporter = InMemorySpanExporter()
+    tracing = open_tracing(None, 1.0, exporter=exporter)
+    assert tracing is not None
+    api = await opened(tiny_bundle, tracing=tracing)
+    caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    await api.post("/predict", {"text": "love"}, traceparent=caller)
+    await api.get("/health")
+    tracing.close()
+
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert sorted(names) == ["GET /health", "POST /predict", "engine", "queue", "tokenise"]
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "request.answered" in line]
+    assert lines[0]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
+    assert set(lines[0]) == {
+        *("timestamp", "level", "service", "message", "request_id", "request", "status"),
+        *("duration_ms", "trace_id", "model_version", "confidence"),
+    }
+    assert len(lines) == 2
