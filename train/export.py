@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import shutil
 import tempfile
 import warnings
@@ -28,9 +29,11 @@ from overtone.bundle import (
 from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.errors import BundleError, OvertoneError
 from overtone.logging import get_logger
+from train.calibrate import TEXTS, measure_scales
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, log_prior, pad
 from train.encoder import encoder_of, open_trained
+from train.graph import freeze_scales, quantised_tensors, split_attention
 from train.scores import Scores, fit_temperature, score, softmax
 
 CARD_FILE = "README.md"
@@ -74,7 +77,8 @@ def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split
         reference_logits = log_scores(reference, validation.texts)
         chosen, logits = reference, reference_logits
         if config.export.precision == "int8":
-            _quantise(fused, small)
+            sample = TextEncoder(reference).encode(_sample(split.train.texts))
+            _quantise(fused, small, sample)
             chosen = _candidate(Path(scratch) / "int8", small, tokenizer, config, precision="int8")
             logits = log_scores(chosen, validation.texts)
             _require_small_loss(logits, reference_logits, validation, config)
@@ -148,13 +152,25 @@ def _fuse(plain: Path, target: Path, shape: Any) -> None:
     fused = optimised.get_fused_operator_statistics().get("Attention", 0)
     if fused != layers:
         raise OvertoneError(f"the attention of {fused} of {layers} layers was fused; the export would be slow")
+    split_attention(optimised.model)
     optimised.save_model_to_file(str(target))
 
 
-def _quantise(fused: Path, target: Path) -> None:
+def _sample(texts: Sequence[str]) -> list[str]:
+    """Texts to calibrate with, the same of the same training set."""
+    return random.Random(0).sample(list(texts), min(TEXTS, len(texts)))
+
+
+def _quantise(fused: Path, target: Path, sample: Sequence[Sequence[int]]) -> None:
+    """int8 weights by the channel; activations by scales measured on the token ids `sample`."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # The standard operator has the name of the fused one, whose weights the quantiser looks for.
+    nodes = onnx.load(fused).graph.node
+    standard = [node.name for node in nodes if node.op_type == "Attention" and not node.domain]
+    # One row a text, so float32 costs nothing there. The quantiser turns `Gemm` into a product of this name.
+    head = [f"{node.name}_MatMul" for node in nodes if node.op_type == "Gemm"]
     root = logging.getLogger()
     before = root.level
     root.setLevel(logging.ERROR)  # it logs to the root logger, about models that were not pre-processed
@@ -163,6 +179,7 @@ def _quantise(fused: Path, target: Path) -> None:
             fused,
             target,
             op_types_to_quantize=_QUANTISED,
+            nodes_to_exclude=[*standard, *head],
             per_channel=True,
             reduce_range=False,
             weight_type=QuantType.QInt8,
@@ -170,6 +187,9 @@ def _quantise(fused: Path, target: Path) -> None:
         )
     finally:
         root.setLevel(before)
+    model = onnx.load(target)
+    freeze_scales(model, measure_scales(model, quantised_tensors(model), sample))
+    onnx.save(model, target)
 
 
 def _candidate(folder: Path, model: Path, tokenizer: Any, config: TrainConfig, *, precision: Any) -> Bundle:
