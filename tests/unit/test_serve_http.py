@@ -520,7 +520,8 @@ async def test_an_answer_tells_where_its_time_went(tiny_bundle: Bundle) -> None:
 
 
 @pytest.fixture
-def logged() -> Iterator[None]:
+def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    # After `capsys`, whose standard error the lines shall go to.
     logging.configure("serve", "DEBUG", "json")
     yield
     structlog.reset_defaults()
