@@ -257,7 +257,7 @@ ROUTES = (
         problems=(400, 415, 422, *_GUARDED),
         is_open=True,
     ),
-    Route("DELETE", "/session", "end_session", "session", "Sign out", status=204, problems=(401, 503)),
+    Route("DELETE", "/session", "end_session", "session", "Sign out", status=204, problems=(401, 503), is_open=True),
     Route("GET", "/", "page", "page", "The page", is_open=True, is_shown=False),
     Route("GET", "/docs", "docs", "page", "This documentation", is_open=True, is_shown=False),
     Route("GET", "/static/{path:path}", "static", "page", "A file of the page", is_open=True, is_shown=False),

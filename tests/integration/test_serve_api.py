@@ -1,0 +1,235 @@
+"""The API over a real socket: a client of Triton, the calls schemathesis makes up, and bodies meant to do harm."""
+
+import asyncio
+import gzip
+import json
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from tritonclient import http as triton
+from tritonclient.utils import InferenceServerException
+
+from overtone.engine import open_engine
+from serve.auth import Gate, Identity, KeyRing
+from serve.classifier import Classifier
+from serve.http import create_app
+from serve.service import Service
+
+SECRET = "ovt_a-key"
+KEY = {"X-API-Key": SECRET}
+
+
+class OneKey:
+    """The store of one key, and what the other routes ask of the database."""
+
+    async def active(self) -> Mapping[bytes, Identity]:
+        return {sha256(SECRET.encode()).digest(): Identity("key", frozenset({"predict", "read"}))}
+
+    async def find(self, digest: bytes) -> Identity | None:
+        return None
+
+    async def exchange_sign_in(self, token: str) -> str | None:
+        return None
+
+    async def create_session(self, key_id: str, until: Any = None) -> str | None:
+        return None
+
+    async def revoke(self, key_id: str) -> bool:
+        return True
+
+    async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]:
+        rates = {"posts": 0.0, "predictions": 0.0}
+        stored = {"posts": 0, "predictions": 0, "labels": {}, "per_second": rates, "series": [], "newest": []}
+        return stored | {"model_version": None, "source": None}
+
+
+@asynccontextmanager
+async def listening() -> AsyncIterator[int]:
+    """The port of a server with the default bundle."""
+    classifier = Classifier(engine_for=open_engine)
+    await classifier.load(None)
+    store = OneKey()
+    keys = KeyRing(store)
+    await keys.refresh()
+    app = create_app(Service(classifier=classifier, gate=Gate(keys), records=store))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await task
+    await classifier.close()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    found: list[int] = []
+    is_up, is_over = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with listening() as port:
+            found.append(port)
+            is_up.set()
+            await asyncio.to_thread(is_over.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert is_up.wait(120)
+    yield f"127.0.0.1:{found[0]}"
+    is_over.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_a_client_of_triton_gets_predictions(address: str, is_binary: bool) -> None:
+    client = triton.InferenceServerClient(address)
+    tensor = triton.InferInput("text", [2], "BYTES")
+    tensor.set_data_from_numpy(np.array(["I love this", "worst service ever"], dtype=object), binary_data=is_binary)
+    outputs = [triton.InferRequestedOutput(name, binary_data=is_binary) for name in ("label", "scores")]
+
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("overtone")
+    assert client.get_model_metadata("overtone", headers=dict(KEY))["inputs"][0]["datatype"] == "BYTES"
+    asked = client.infer("overtone", [tensor], outputs=outputs, headers=dict(KEY), request_id="7")
+    packed = client.infer("overtone", [tensor], headers=dict(KEY), request_compression_algorithm="gzip")
+
+    labels = [label.decode() if isinstance(label, bytes) else label for label in asked.as_numpy("label")]
+    assert labels == ["positive", "negative"]
+    assert asked.get_response()["id"] == "7"
+    assert asked.as_numpy("scores").shape == (2, 3)
+    assert packed.as_numpy("confidence").dtype == np.float32
+    with pytest.raises(InferenceServerException, match="no model of that name"):
+        client.infer("other", [tensor], headers=dict(KEY))
+    client.close()
+
+
+def test_schemathesis_finds_no_failure(address: str) -> None:
+    schema = schemathesis.openapi.from_url(f"http://{address}/openapi.json")
+    for operation in schema.get_all_operations():
+        _try(operation.ok(), address)
+
+
+# Some rules cannot be said in a schema: no text of white space alone, no NUL, no more labels than the model has.
+NOT_MEANT = [positive_data_acceptance]
+
+
+def _try(operation: Any, address: str) -> None:
+    @settings(
+        max_examples=15,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy())
+    def once(case: Any) -> None:
+        case.call_and_validate(base_url=f"http://{address}", headers=dict(KEY), excluded_checks=NOT_MEANT)
+
+    once()
+
+
+def corpus() -> list[tuple[str, dict[str, str], bytes]]:
+    """Path, headers and body of calls that are all wrong somewhere, or come close to it."""
+    rng = random.Random(7)
+    good = {
+        "/predict": {"text": "love"},
+        "/predict/batch": {"texts": ["love", "hate"]},
+        "/v2/models/overtone/infer": {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]},
+    }
+    values = [
+        b"null", b"true", b"-0", b"1e999", b"1" * 5000, b'""', b'"\\ud800"', b'"\\u0000"', b'"\\udfff\\ud800"', b"[]",
+        b"{}",
+        b"[" * 5000, b'{"a":' * 5000, b"NaN", b'"' + b"x" * 30_000 + b'"', b'"\xff"', b"'a'", b'"\xf4\x90\x80\x80"',
+        b"[[[]]]",
+        b'{"text":"a","text":"b"}', b"\xef\xbb\xbf{}", b"", b"\0", b'"\xc0\x80"', b'"a', b"0x10", b"-", b"1.", b'"\\x"',
+    ]  # fmt: skip
+    fields = [
+        b"text",
+        b"texts",
+        b"top_k",
+        b"threshold",
+        b"long_text",
+        b"explain",
+        b"inputs",
+        b"outputs",
+        b"parameters",
+        b"id",
+    ]
+    calls: list[tuple[str, dict[str, str], bytes]] = []
+    for path, body in good.items():
+        whole = json.dumps(body).encode()
+        kinds = [{"content-type": "application/json"}, {"content-type": "application/x-ndjson"}]
+        for value in values:
+            calls += [(path, kind, value) for kind in kinds]
+            field = rng.choice(fields)
+            calls.append((path, kinds[0], whole[:-1] + b', "' + field + b'": ' + value + b"}"))
+            calls.append((path, kinds[0], b'{"' + field + b'": ' + value + b"}"))
+            calls.append((path, kinds[1], value + b"\n" + b'"love"\n' + value))
+        for kind in ("text/plain", "application/json; charset=utf-16", "multipart/form-data", "*/*", "x" * 3000):
+            calls.append((path, {"content-type": kind}, whole))
+        for encoding in ("br", "deflate", "gzip, gzip", "gzip", "x" * 3000):
+            calls.append((path, kinds[0] | {"content-encoding": encoding}, whole))
+        packed = gzip.compress(whole)
+        bomb = gzip.compress(b" " * 80_000_000, 1)
+        for damaged in (
+            packed[:-1],
+            packed[:9],
+            packed + b"x",
+            packed[:5] + b"\xff" + packed[6:],
+            bomb,
+            gzip.compress(bomb),
+        ):
+            calls += [(path, kind | {"content-encoding": "gzip"}, damaged) for kind in kinds]
+        for length in ("0", "5", "-1", "99999999999", "x", "1" * 400, "1e3", "+3", str(len(whole) - 1)):
+            calls.append((path, kinds[0] | {"inference-header-content-length": length}, whole + b"\xff\xff\xff\x7fa"))
+        for size in (-1, 0, 4, 5, 2**40, True, "4", None, 1.5):
+            tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}
+            head = json.dumps({"inputs": [tensor]}).encode()
+            for rest in (b"", b"\x04\0\0\0lov", b"\xff\xff\xff\xff", b"\0\0\0\0" * 3):
+                calls.append((path, {"inference-header-content-length": str(len(head))}, head + rest))
+        for _ in range(25):
+            mangled = bytearray(whole)
+            mangled[rng.randrange(len(mangled))] = rng.randrange(256)
+            calls.append((path, rng.choice(kinds), bytes(mangled)))
+        calls += [
+            (f"{path}?{query}", kinds[1], b'"love"')
+            for query in ("top_k=0", "a=%ff", "top_k", "threshold=nan", "&" * 99)
+        ]
+    return calls
+
+
+def test_no_body_does_harm(address: str) -> None:
+    calls = corpus()
+    assert len(calls) >= 500
+
+    async def play() -> list[tuple[int, str]]:
+        async with httpx.AsyncClient(base_url=f"http://{address}", headers=dict(KEY), timeout=60) as client:
+            failed = []
+            for path, headers, body in calls:
+                response = await client.post(path, content=body, headers=headers)
+                if response.status_code >= 500:
+                    failed.append((response.status_code, f"{path} {headers} {body[:80]!r}"))
+            assert (await client.post("/predict", json={"text": "love"})).status_code == 200
+            return failed
+
+    process = psutil.Process()
+    used: list[int] = []
+    for _ in range(4):
+        assert asyncio.run(play()) == []
+        used.append(process.memory_info().rss)
+    assert used[-1] - used[1] < 64 * 2**20
