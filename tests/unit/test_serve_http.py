@@ -520,18 +520,17 @@ async def test_an_answer_tells_where_its_time_went(tiny_bundle: Bundle) -> None:
 
 
 @pytest.fixture
-def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    # After `capsys`, whose standard error the lines shall go to.
-    logging.configure("serve", "DEBUG", "json")
+def default_logging() -> Iterator[None]:
     yield
     structlog.reset_defaults()
 
 
-@pytest.mark.usefixtures("logged")
+@pytest.mark.usefixtures("default_logging")
 async def test_requests_are_traced_and_logged_by_trace(tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     exporter = InMemorySpanExporter()
     tracing = open_tracing(None, 1.0, exporter=exporter)
     assert tracing is not None
+    logging.configure("serve", "DEBUG", "json")
     api = await opened(tiny_bundle, tracing=tracing)
     caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     await api.post("/predict", {"text": "love"}, traceparent=caller)
