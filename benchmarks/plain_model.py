@@ -139,6 +139,8 @@ class _Graph:
                 by = next(one for one in self._nodes if scaling.input[1] in one.output)
                 weight = self._weight(node.input[1], self._constant_of(by))
                 yield _Linear(weight, self._constant_of(self._after(scaling)))
+            elif node.op_type == "MatMul" and node.input[1] in self._constants:
+                yield _Linear(self._constants[node.input[1]], self._constant_of(self._after(node)))
 
     def embeddings(self) -> dict[str, NDArray[np.float32]]:
         """By their names in the Hugging Face model; none where the graph embeds otherwise."""

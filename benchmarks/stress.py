@@ -37,7 +37,7 @@ _REPLICA = "ray::ServeReplica"
 
 def measure_open(target: Target, texts: list[str], effort: Effort, folder: Path, say: Say) -> dict[str, Result]:
     """p99 of open-loop load at 70 % of the closed-loop peak, for requests of 1, 32 and 256 texts, short and mixed."""
-    results = {}
+    results: dict[str, Result] = {}
     for kind, chosen in (("tweets", texts), ("mix", with_long_texts(texts))):
         for size in (1, 32, BATCH_TEXTS):
             load = _load(target, chosen, size, folder)
@@ -88,7 +88,7 @@ def measure_overload(target: Target, texts: list[str], effort: Effort, folder: P
     Single texts are what clients send, but the generator and the refusals then take much of the same cores that the
     engine runs on; with 16 texts a request, which are as interactive, what is seen is the server's own behaviour.
     """
-    results = {}
+    results: dict[str, Result] = {}
     for name, size in (("serve.overload", GROUP_TEXTS), ("serve.overload.single", 1)):
         load = _load(target, texts, size, folder)
         load.run(_busy(size), effort.warm_up_s)

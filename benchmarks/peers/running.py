@@ -1,6 +1,7 @@
 """A peer's server, started in its own environment, checked against the engine, stopped whole."""
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -38,7 +39,10 @@ def running(peer: Peer, settings: Settings, folder: Path) -> Iterator[str]:
     if settings.bundle is not None:
         environment["BUNDLE"] = str(settings.bundle.absolute())
     log = folder / f"{peer.name}.log"
-    command = [str(interpreter(peer)), "-m", peer.module, str(port), str(usable_cores())]
+    python = interpreter(peer)
+    # As activating the environment does: peers start programs of theirs by name.
+    environment["PATH"] = f"{python.parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    command = [str(python), "-m", peer.module, str(port), str(usable_cores())]
     with log.open("wb") as said:
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=said, stderr=said

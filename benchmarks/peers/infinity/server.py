@@ -10,9 +10,11 @@ from overtone.settings import load_settings
 
 if __name__ == "__main__":
     folder = write_hub_folder(load_bundle(load_settings().bundle), Path.cwd() / "model")
+    # It hands optimum the path of the file within the model's folder only when it is started there.
+    os.chdir(folder)
     os.environ |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "INFINITY_ONNX_DISABLE_OPTIMIZE": "true"}
     options = {
-        "--model-id": str(folder),
+        "--model-id": ".",
         "--served-model-name": "sentiment",
         "--engine": "optimum",
         "--device": "cpu",
@@ -21,5 +23,7 @@ if __name__ == "__main__":
         "--port": sys.argv[1],
         "--log-level": "warning",
     }
+    words = [word for option in options.items() for word in option]
     program = str(Path(sys.executable).parent / "infinity_emb")
-    os.execv(program, [program, "v2", *(word for option in options.items() for word in option)])
+    # Its own warm-up sends texts longer than the model's 512 positions, and it truncates none.
+    os.execv(program, [program, "v2", *words, "--no-model-warmup"])
