@@ -32,6 +32,11 @@ ROUTE_PREFIX = "/"
 # (56), two slashes, the longest name (`server-state` is no socket) and HAProxy's temporary suffix.
 _FOLDER_BYTES = 107 - 56 - 2 - len("admin.sock") - len(".1234567.tmp")
 
+# Seconds for a request's headers and as much of its body as fits the buffer; of one whose client neither sends nor
+# takes anything after that.
+_REQUEST_TIMEOUT_S = 30
+_CLIENT_TIMEOUT_S = 120
+
 _SCRIPT = """\
 #!/bin/sh
 # Starts HAProxy with the configuration Ray wrote, closed to other machines and other users.
@@ -49,7 +54,8 @@ if [ -n "$config" ]; then
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\
         -e '/^ *log [^ ]* local0 info$/d' \\
         -e '/^defaults$/a\\
-    option http-buffer-request' \\
+    option http-buffer-request\\
+    timeout http-request {request_timeout_s}s' \\
         "$config" >"$config.closed.$$"
     cat "$config.closed.$$" >"$config"
     rm -f "$config.closed.$$"
@@ -145,7 +151,7 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
     script = folder / "haproxy.sh"
     setpriv = shutil.which("setpriv")
     prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
-    content = _SCRIPT.format(folder=folder, prefix=prefix, binary=binary)
+    content = _SCRIPT.format(folder=folder, prefix=prefix, binary=binary, request_timeout_s=_REQUEST_TIMEOUT_S)
     # A running stack may start it at any time, so it is not written again for nothing.
     if not script.exists() or script.read_text(encoding="utf-8") != content:
         script.write_text(content, encoding="utf-8")
@@ -162,6 +168,7 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
         "NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 2))),
         "HEALTH_CHECK_INTER": "1s",
         "HARD_STOP_AFTER_S": "60",
+        "TIMEOUT_CLIENT_S": str(_CLIENT_TIMEOUT_S),
         # Classifying twice does no harm, so a request that a dying replica left without an answer goes to another
         # one, if HAProxy has it whole (`http-buffer-request` in the script, TUNE_BUFSIZE).
         "RETRY_ON": "conn-failure empty-response",

@@ -72,13 +72,10 @@ class KeySet:
             UnavailableError: the provider has not answered yet.
         """
         found = self._known(key_id)
-        if found is None and self._clock() - self._asked_at >= self._unknown_s:
+        if found is None and (self._asking is not None or self._clock() - self._asked_at >= self._unknown_s):
             await self.refresh()
             found = self._known(key_id)
         if found is None and self._keys is None:
-            if self._asking is not None:
-                await asyncio.shield(self._asking)
-                return await self.find(key_id)
             raise UnavailableError("The keys that sign tokens cannot be fetched now.")
         return found
 

@@ -68,7 +68,8 @@ def test_the_script_closes_what_ray_leaves_open(folder: Path, tmp_path: Path) ->
     ]
     assert "mode 666" not in config.read_text()
     assert "514" not in config.read_text()
-    assert re.search(r"^defaults\n *option http-buffer-request$", config.read_text(), re.MULTILINE)
+    waits = r"^defaults\n *option http-buffer-request\n *timeout http-request 30s$"
+    assert re.search(waits, config.read_text(), re.MULTILINE)
     assert script.stat().st_mode & 0o777 == 0o700
 
 
