@@ -48,13 +48,13 @@ def plain_model(bundle: Bundle) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
             full, small = Path(scratch) / "full.onnx", Path(scratch) / "small.onnx"
-            _export(_rebuild(bundle), full)
+            _export(rebuild(bundle), full)
             _quantise(full, small)
             small.replace(target)
     return target
 
 
-def _rebuild(bundle: Bundle) -> Any:
+def rebuild(bundle: Bundle) -> Any:
     """The Hugging Face model with the weights of `bundle`."""
     import onnx
     import torch
