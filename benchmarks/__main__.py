@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.bare_engine import BareEngine, Job
 from benchmarks.compare import Comparison
 from benchmarks.load import Target
-from benchmarks.measure import Effort, Say, measure_engine, measure_server
+from benchmarks.measure import Effort, Say, measure_baseline, measure_engine, measure_server
 from benchmarks.peers.catalogue import NAMES, PEERS
 from benchmarks.report import publish
 from benchmarks.results import RESULTS, Result, busy_share, write
@@ -26,7 +26,7 @@ from benchmarks.server import own_server
 from benchmarks.stress import measure_mixed, measure_open, measure_overload
 from benchmarks.texts import read_texts, synthetic_texts
 from overtone.bundle import Bundle, load_bundle
-from overtone.errors import ConfigurationError, OvertoneError
+from overtone.errors import BundleError, ConfigurationError, OvertoneError
 from overtone.settings import Settings, load_settings
 
 USUAL = Effort(rounds=5, seconds=5.0, warm_up_s=3.0)
@@ -78,6 +78,10 @@ class _Run:
             with BareEngine(Job(self.settings.bundle, self.texts)) as engine:
                 if "engine" in parts:
                     self.results |= measure_engine(engine, self.effort, self.say)
+                    try:
+                        self.results |= measure_baseline(engine, self.bundle, self.effort, self.say)
+                    except BundleError as error:
+                        self.unavailable["engine.ratio_to_sorted_int8"] = error.message
                 if "server" in parts:
                     with self.server() as target:
                         arguments = (engine, self.texts, self.effort, self.folder, self.say)
@@ -91,8 +95,9 @@ class _Run:
             effort = replace(PEER_EFFORT, rounds=min(PEER_EFFORT.rounds, self.effort.rounds))
             effort = effort if self.effort.seconds >= effort.seconds else self.effort
             comparison = Comparison(self.settings, self.bundle, self.texts, effort, self.server)
-            results, self.unavailable = comparison.run(peers, self.say)
+            results, unavailable = comparison.run(peers, self.say)
             self.results |= results
+            self.unavailable |= unavailable
 
     @contextlib.contextmanager
     def server(self) -> Iterator[Target]:

@@ -79,6 +79,10 @@ class BareEngine:
         """Of the same file in an ONNX Runtime session with default options, batches in order of arrival."""
         return float(self._ask_first("plain", (seconds,)))
 
+    def baseline_texts_per_s(self, seconds: float, model: Path) -> float:
+        """Of the file `model` in a session with default options and a thread a core, batches sorted by length."""
+        return float(self._ask_first("baseline", (seconds, model, self.workers)))
+
     def single_ms(self, texts: int) -> list[float]:
         """Milliseconds of each of `texts` texts, one at a time."""
         result: list[float] = self._ask_first("single", (texts,))
@@ -97,6 +101,7 @@ class _Worker:
         self._engine = open_engine(self._bundle)
         self._wide: Any = None
         self._plain: Any = None
+        self._baseline: Any = None
 
     def sorted(self, seconds: float, budget_tokens: int) -> float:
         return self._rate(self._engine.classify, self._sorted_batches(budget_tokens), seconds)
@@ -107,8 +112,14 @@ class _Worker:
         return self._rate(self._wide.classify, self._sorted_batches(budget_tokens), seconds)
 
     def plain(self, seconds: float) -> float:
-        batches = [self._token_ids[at : at + PLAIN_BATCH] for at in range(0, len(self._token_ids), PLAIN_BATCH)]
-        return self._rate(self._classify_plainly, batches, seconds)
+        self._plain = self._plain or _PlainSession(self._bundle.model_path)
+        return self._rate(self._plain.classify, _in_groups(self._token_ids), seconds)
+
+    def baseline(self, seconds: float, model: Path, threads: int) -> float:
+        self._baseline = self._baseline or _PlainSession(model, threads)
+        batches = _in_groups(sorted(self._token_ids, key=len))
+        self._dice.shuffle(batches)
+        return self._rate(self._baseline.classify, batches, seconds)
 
     def single(self, texts: int) -> list[float]:
         samples = []
@@ -124,16 +135,6 @@ class _Worker:
         self._dice.shuffle(plan)
         return [[self._token_ids[row] for row in rows] for rows in plan]
 
-    def _classify_plainly(self, token_ids: list[list[int]]) -> None:
-        if self._plain is None:
-            import onnxruntime
-
-            self._plain = onnxruntime.InferenceSession(str(self._bundle.model_path))
-        inputs = self._plain.get_inputs()
-        ids, mask = pad(token_ids, np.int32 if inputs[0].type == "tensor(int32)" else np.int64)
-        values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        self._plain.run(None, {node.name: values[node.name] for node in inputs})
-
     def _rate(
         self, classify: Callable[[list[list[int]]], Any], batches: list[list[list[int]]], seconds: float
     ) -> float:
@@ -147,6 +148,27 @@ class _Worker:
             done += len(batch)
             number += 1
         return done / (now - started)
+
+
+class _PlainSession:
+    """ONNX Runtime as it comes."""
+
+    def __init__(self, model: Path, threads: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._session: Any = onnxruntime.InferenceSession(str(model), options)
+
+    def classify(self, token_ids: list[list[int]]) -> None:
+        inputs = self._session.get_inputs()
+        ids, mask = pad(token_ids, np.int32 if inputs[0].type == "tensor(int32)" else np.int64)
+        values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        self._session.run(None, {node.name: values[node.name] for node in inputs})
+
+
+def _in_groups(token_ids: list[list[int]]) -> list[list[list[int]]]:
+    return [token_ids[at : at + PLAIN_BATCH] for at in range(0, len(token_ids), PLAIN_BATCH)]
 
 
 def _serve(pipe: Connection, job: Job, number: int) -> None:

@@ -122,11 +122,11 @@ class _Connection(asyncio.Protocol):
 class _Driver:
     """What both kinds of stream share: requests, connections, and the rows that are written down."""
 
-    def __init__(self, stream: Stream, host: str, port: int, started: float) -> None:
+    def __init__(self, stream: Stream, host: str, port: int) -> None:
         self._requests = cycle(_requests(stream, host, port))
         self._address = (host, port)
         self._stream = stream
-        self._started = started
+        self._started = 0.0
         self._seconds = sum(seconds for _, seconds in stream.phases)
         self._rows: list[tuple[float, float, float, int]] = []
 
@@ -144,6 +144,14 @@ class _Driver:
         raise NotImplementedError
 
     def is_lost(self, connection: _Connection) -> None:
+        raise NotImplementedError
+
+    async def run_from(self, started: float) -> None:
+        """Run with `started`, of `time.perf_counter`, as the start of all times."""
+        self._started = started
+        await self.run()
+
+    async def run(self) -> None:
         raise NotImplementedError
 
     async def connect(self) -> None:
@@ -261,11 +269,9 @@ class Open(_Driver):
 
 async def run(host: str, port: int, streams: Sequence[Stream]) -> dict[str, Rows]:
     """Send all `streams` at once; the rows of each by name, in the order of the answers."""
+    drivers = {stream.name: (Open if stream.phases[0][0] else Closed)(stream, host, port) for stream in streams}
     started = time.perf_counter()
-    drivers = {
-        stream.name: (Open if stream.phases[0][0] else Closed)(stream, host, port, started) for stream in streams
-    }
-    await asyncio.gather(*(driver.run() for driver in drivers.values()))
+    await asyncio.gather(*(driver.run_from(started) for driver in drivers.values()))
     return {name: driver.rows for name, driver in drivers.items()}
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from benchmarks.bare_engine import PLAIN_BATCH, BareEngine
 from benchmarks.load import Load, Outcome, Target, batch_bodies, single_bodies
+from benchmarks.plain_model import plain_model
 from benchmarks.results import Result, middle, ratio
+from overtone.bundle import Bundle
 from overtone.engine import BUDGET_TOKENS
 
 BUDGETS = (128, 256, 384, 512, 1024)
@@ -56,6 +58,26 @@ def measure_engine(engine: BareEngine, effort: Effort, say: Say) -> dict[str, Re
         "engine.texts_per_s": Result(middle(ours, 1), "texts/s", True, {"samples": ours, **layouts}),
         "engine.ratio_to_plain_ort": ratio(ours, plain, plain=plain_means, **detail),
     }
+
+
+def measure_baseline(engine: BareEngine, bundle: Bundle, effort: Effort, say: Say) -> dict[str, Result]:
+    """The engine against the same weights plainly quantised, in a default session, with texts sorted by length.
+
+    Raises:
+        BundleError: the model of `bundle` is not one of which such a file can be made.
+    """
+    say("making the plainly quantised model")
+    model = plain_model(bundle)
+    ours: list[float] = []
+    theirs: list[float] = []
+    engine.baseline_texts_per_s(effort.warm_up_s, model)
+    for number in range(effort.rounds):
+        say(f"engine and its baseline, round {number + 1} of {effort.rounds}")
+        ours.append(engine.texts_per_s(effort.seconds))
+        theirs.append(engine.baseline_texts_per_s(effort.seconds, model))
+    means = f"default session options, {engine.workers} threads, batches of {PLAIN_BATCH} sorted by length"
+    detail = {"ours_texts_per_s": ours, "baseline_texts_per_s": theirs}
+    return {"engine.ratio_to_sorted_int8": ratio(ours, theirs, baseline=means, **detail)}
 
 
 @dataclass(frozen=True, slots=True)
