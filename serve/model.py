@@ -1,7 +1,7 @@
 """A bundle that is loaded and checked, with its batcher, and the turns that several take on one engine thread."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -145,8 +145,8 @@ def open_model(bundle: Bundle, engine: Engine, *, limits: Limits, turns: Turns) 
         scores: list[Scores] = engine.classify(rows).astype("float64").round(6).tolist()
         return scores
 
-    async def classify(rows: list[TokenIds]) -> list[Scores]:
-        return await turns.run(bundle.version, run, rows)
+    def classify(rows: list[TokenIds]) -> Awaitable[list[Scores]]:
+        return turns.run(bundle.version, run, rows)
 
     def observe(report: BatchReport) -> None:
         turns.done_tokens += report.padded_tokens
