@@ -3,6 +3,7 @@
 import compileall
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.load import Outcome
 from benchmarks.peers.catalogue import NAMES, PEERS, Peer, peer_named
 from benchmarks.peers.environments import LOCK
 from benchmarks.peers.hub import write_hub_folder
-from benchmarks.report import END, START, table, with_table
+from benchmarks.report import END, START, draw, table, with_table
 from overtone.bundle import load_bundle
 
 _PIN = re.compile(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==[A-Za-z0-9.+!]+")
@@ -101,6 +102,17 @@ def test_the_table_holds_what_was_measured_and_why_the_rest_was_not() -> None:
     assert "| LitServe | 2.50x | - | - |" in text
     assert "bentoml could not be measured: did not start" in text
     assert "single.c64" not in text
+
+
+def test_the_plots_show_every_peer_that_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
+    before, theirs = Side(single={64: outcome(100)}, batch={256: outcome(500)}), Side(single={64: outcome(30)})
+    results = trial_results(peer_named("litserve"), [Trial(before, theirs, before)])
+    content = {"results": {name: asdict(result) for name, result in results.items()}}
+    single, batch = draw(json.loads(json.dumps(content)), tmp_path)
+    assert "LitServe" in single.read_text()
+    assert "LitServe" not in batch.read_text()
+    assert "Overtone" in batch.read_text()
 
 
 def test_the_table_replaces_what_is_between_the_markers_only() -> None:
