@@ -53,6 +53,7 @@ if [ -n "$config" ]; then
         -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\
         -e '/^ *log [^ ]* local0 info$/d' \\
+        -e 's#^\\( *errorfile 50[234]\\) .*#\\1 {folder}/503.http#' \\
         -e '/^defaults$/a\\
     option http-buffer-request\\
     timeout http-request {request_timeout_s}s' \\
@@ -62,6 +63,17 @@ if [ -n "$config" ]; then
 fi
 exec {prefix}"{binary}" "$@"
 """
+
+_PROBLEM = (
+    b'{"type":"urn:overtone:problem:unavailable","title":"A part of the system is not reachable now","status":503,'
+    b'"detail":"The replica that had the request ended before it answered; try again.","code":"unavailable",'
+    b'"request_id":"","errors":[]}'
+)
+# HAProxy's own answer when a replica dies with a request that is too large to be repeated, or none is left.
+_UNANSWERED = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nCache-Control: no-store\r\n"
+    b"Retry-After: 1\r\nContent-Length: %d\r\n\r\n%b" % (len(_PROBLEM), _PROBLEM)
+)
 
 
 def serve_environment(
@@ -151,6 +163,7 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
     script = folder / "haproxy.sh"
     setpriv = shutil.which("setpriv")
     prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
+    (folder / "503.http").write_bytes(_UNANSWERED)
     content = _SCRIPT.format(folder=folder, prefix=prefix, binary=binary, request_timeout_s=_REQUEST_TIMEOUT_S)
     # A running stack may start it at any time, so it is not written again for nothing.
     if not script.exists() or script.read_text(encoding="utf-8") != content:

@@ -43,6 +43,17 @@ ray.init(address=arguments["address"], namespace="overtone", log_to_driver=False
 deploy(ServeArgs(**arguments["args"]), host="127.0.0.1", port=arguments["port"])
 """
 
+_SWAP = """
+import json, sys
+import ray
+from serve.app import ServeArgs, deploy
+arguments = json.loads(sys.argv[1])
+ray.init(address=arguments["address"], namespace="overtone", log_to_driver=False)
+for number in range(20):
+    live = {"bundle": arguments["bundles"][number % 2], "revision": number + 1}
+    deploy(ServeArgs(**arguments["args"], live=live), host="127.0.0.1", port=arguments["port"])
+"""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -87,10 +98,11 @@ class Stack:
             with contextlib.suppress(TimeoutError):
                 until(lambda: not self.processes(), seconds=3)
 
-    def deploy(self, **args: object) -> None:
-        arguments = {"address": f"127.0.0.1:{self.ray_port}", "args": args, "port": self.port}
+    def deploy(self, script: str = _DEPLOY, bundles: tuple[str, ...] = (), **args: object) -> None:
+        address = f"127.0.0.1:{self.ray_port}"
+        arguments = {"address": address, "args": args, "port": self.port, "bundles": bundles}
         done = subprocess.run(
-            [sys.executable, "-c", _DEPLOY, json.dumps(arguments)],
+            [sys.executable, "-c", script, json.dumps(arguments)],
             env=self.environment,
             capture_output=True,
             text=True,
@@ -322,6 +334,46 @@ def test_another_bundle_is_rolled_out_without_a_new_process_or_a_lost_request(
     assert {version for _, version in answers} == {serving_bundle.version, other_bundle.version}
     assert {version for _, version in answers[answered + 8 :]} == {other_bundle.version}
     assert {process.pid for process in stack.replicas()} == before
+
+
+def test_twenty_swaps_under_load_lose_and_mix_up_nothing(
+    stack: Stack, serving_bundle: Bundle, other_bundle: Bundle
+) -> None:
+    known = {}
+    for bundle in (serving_bundle, other_bundle):
+        scores = open_engine(bundle).classify(TextEncoder(bundle).encode([LIKED]))[0]
+        known[bundle.version] = float(scores.max())
+    wrong: list[str] = []
+    counts = dict.fromkeys(known, 0)
+    done = threading.Event()
+
+    def ask() -> None:
+        with stack.client() as client:
+            while not done.is_set():
+                answer = client.post("/predict", json={"text": LIKED})
+                if answer.status_code != 200:
+                    wrong.append(f"{answer.status_code} {answer.text[:200]}")
+                    continue
+                body = answer.json()
+                counts[body["model_version"]] += 1
+                if abs(body["confidence"] - known[body["model_version"]]) > 2e-3:
+                    wrong.append(f"{body['model_version']}: {body['confidence']}")
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        bundles = (str(serving_bundle.path), str(other_bundle.path))
+        try:
+            stack.deploy(_SWAP, bundles, replicas=2, metrics_folder=str(stack.metrics_folder))
+        finally:
+            done.set()
+    for client in asking:
+        client.result()
+
+    assert wrong == []
+    assert all(count > 20 for count in counts.values()), counts
+    with stack.client() as client:
+        models = client.get("/models").json()
+    assert (models["revision"], models["champion"]["version"]) == (20, other_bundle.version)
 
 
 def test_a_stopped_stack_leaves_nothing_behind(stack: Stack) -> None:
