@@ -81,13 +81,17 @@ def _calibration(exported: Exported) -> str:
 
 def _training(training: Mapping[str, Any], config: TrainConfig, command: str) -> str:
     optimiser = config.optimiser
-    lines = [f"- mean of the weights of {count} checkpoints"] if (count := training.get("averaged_checkpoints")) else []
+    count = training.get("averaged_checkpoints", 1)
+    lines = [f"- mean of the weights of {count} checkpoints"] if count > 1 else []
     lines += [
         f"- {optimiser.epochs} epochs, batch {optimiser.batch_size}, peak learning rate {optimiser.learning_rate:g}, "
         f"layer decay {optimiser.layer_decay:g}, {optimiser.schedule} schedule, {config.model.precision}",
         f"- logit adjustment tau {optimiser.prior_tau:g}, label smoothing {optimiser.label_smoothing:g}, "
         f"seed {optimiser.seed}",
     ]
+    teachers, weight = len(config.distillation.teachers), config.distillation.weight
+    if teachers:
+        lines.append(f"- {weight:.0%} of the loss against the mean probabilities of {teachers} teachers")
     if "seconds" in training:
         lines.append(f"- {training['seconds'] / 60:.0f} minutes on {training['device']}")
     return "\n".join(lines) + f"\n\n```\n{command}\n```"

@@ -39,7 +39,7 @@ def publish(
         },
         "training": {
             **training,
-            "config": config.model_dump(mode="json", include={"model", "data", "optimiser", "export"}),
+            "config": config.model_dump(mode="json", include={"model", "data", "optimiser", "distillation", "export"}),
         },
     }
     exported = export_bundle(weights, output, config, split, facts)

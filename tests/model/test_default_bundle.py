@@ -116,13 +116,13 @@ TEXTS = [
 )
 def test_form_does_not_matter(model: Model, change: object) -> None:
     assert callable(change)
-    np.testing.assert_allclose(model.scores(*TEXTS), model.scores(*map(change, TEXTS)), atol=0.03)
+    np.testing.assert_allclose(model.scores(*TEXTS), model.scores(*map(change, TEXTS)), atol=1e-4)
 
 
 def test_who_is_mentioned_and_what_is_linked_does_not_matter(model: Model) -> None:
     first = model.scores(*(f"@ann {text} https://t.co/a1" for text in TEXTS))
     second = model.scores(*(f"@another_user {text} http://example.com/some/page?x=1" for text in TEXTS))
-    np.testing.assert_allclose(first, second, atol=0.01)
+    np.testing.assert_allclose(first, second, atol=1e-4)
 
 
 def test_a_mention_or_a_link_more_does_not_turn_a_label(model: Model) -> None:
@@ -133,7 +133,7 @@ def test_a_mention_or_a_link_more_does_not_turn_a_label(model: Model) -> None:
 
 def test_company_in_a_batch_does_not_matter(model: Model) -> None:
     alone = np.concatenate([model.scores(text) for text in TEXTS])
-    np.testing.assert_allclose(alone, model.scores(*TEXTS, "x " * 100)[:-1], atol=0.05)
+    np.testing.assert_allclose(alone, model.scores(*TEXTS, "x " * 100)[:-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["?", "\U0001f600", "\u0915\u094d\u092f\u093e", "a" * 25_000, "no " * 8_000, "\ufffd"])
@@ -148,7 +148,7 @@ def test_figures_on_the_validation_tweets(model: Model) -> None:
     from train.evaluate import evaluate
 
     scores = evaluate(model.bundle, VALIDATION)
-    assert scores.macro_recall >= 0.74
+    assert scores.macro_recall >= 0.745
     assert scores.macro_recall == pytest.approx(model.bundle.metrics["validation"]["macro_recall"], abs=0.005)
     assert scores.macro_recall >= model.bundle.metrics["fp32"]["macro_recall"] - 0.005
     assert scores.ece <= 0.06
