@@ -73,23 +73,13 @@ class _Run:
     unavailable: dict[str, str] = field(default_factory=dict)
 
     def measure(self, parts: set[str]) -> None:
-        """Measure `parts`, the engine and the server of this run first."""
-        if parts & {"engine", *SERVER_PARTS}:
+        """Measure `parts`: the engine, one server for all that is asked of it, then the peers."""
+        if "engine" in parts:
             with BareEngine(Job(self.settings.bundle, self.texts)) as engine:
-                if "engine" in parts:
-                    self.results |= measure_engine(engine, self.effort, self.say)
-                    try:
-                        self.results |= measure_baseline(engine, self.bundle, self.effort, self.say)
-                    except BundleError as error:
-                        self.unavailable["engine.ratio_to_sorted_int8"] = error.message
-                if "server" in parts:
-                    with self.server() as target:
-                        arguments = (engine, self.texts, self.effort, self.folder, self.say)
-                        self.results |= measure_server(target, *arguments)
-        for name, measure in (("open", measure_open), ("mixed", measure_mixed), ("overload", measure_overload)):
-            if name in parts:
-                with self.server() as target:
-                    self.results |= measure(target, self.texts, self.effort, self.folder, self.say)
+                self._engine(engine)
+        if parts & set(SERVER_PARTS):
+            with self.server() as target:
+                self._server(target, parts)
         peers = [peer for peer in PEERS if parts & {"peers", f"peers.{peer.name}"}]
         if peers:
             effort = replace(PEER_EFFORT, rounds=min(PEER_EFFORT.rounds, self.effort.rounds))
@@ -98,6 +88,21 @@ class _Run:
             results, unavailable = comparison.run(peers, self.say)
             self.results |= results
             self.unavailable |= unavailable
+
+    def _engine(self, engine: BareEngine) -> None:
+        self.results |= measure_engine(engine, self.effort, self.say)
+        try:
+            self.results |= measure_baseline(engine, self.bundle, self.effort, self.say)
+        except BundleError as error:
+            self.unavailable["engine.ratio_to_sorted_int8"] = error.message
+
+    def _server(self, target: Target, parts: set[str]) -> None:
+        if "server" in parts:
+            with BareEngine(Job(self.settings.bundle, self.texts)) as engine:
+                self.results |= measure_server(target, engine, self.texts, self.effort, self.folder, self.say)
+        for name, measure in (("open", measure_open), ("mixed", measure_mixed), ("overload", measure_overload)):
+            if name in parts:
+                self.results |= measure(target, self.texts, self.effort, self.folder, self.say)
 
     @contextlib.contextmanager
     def server(self) -> Iterator[Target]:
