@@ -54,7 +54,7 @@ format: $(VENV)/.installed-dev ## Format the code and mend what can be mended
 bench: $(VENV)/.installed-dev ## Measure texts a second of the engine and through the API. ARGS="--quick"
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
-bench-full: $(VENV)/.installed-dev ## Measure everything, other servers too; plots, the table in README. About 2 hours
+bench-full: $(VENV)/.installed-dev ## Measure everything, other servers too; plots, the table in README. About 1.5 hours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'$(CONSTRAINTS:%= -c %)
 	$(BIN)/python -m benchmarks.peers install || true
 	@exec $(BIN)/python -m benchmarks --full $(ARGS)
