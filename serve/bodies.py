@@ -4,21 +4,35 @@ Hand-written because it runs for every text. What is wrong is named by field, li
 repeated.
 """
 
+import asyncio
 import json
 import re
+import types
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
 
-from overtone.errors import InvalidInputError, MalformedError, TooLargeError, UnsupportedMediaTypeError
+from overtone.errors import (
+    InvalidInputError,
+    MalformedError,
+    TooLargeError,
+    TooSlowError,
+    UnsupportedMediaTypeError,
+)
 from overtone.schema import MAX_BATCH_TEXTS, MAX_TEXT_CHARS
 from overtone.text import has_lone_surrogate
 from serve.encodings import inflate, is_gzip
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 MAX_SMALL_BODY_BYTES = 64 * 1024
+BODY_TIMEOUT_S = 30.0
+"""How long a body may take to arrive, beyond the time for its size."""
+SLOWEST_BYTES_PER_S = 1024 * 1024
+"""How fast the rest of a large body must come."""
 _MAX_SHOWN_ERRORS = 20
 _JSON_TYPE = re.compile(rb"application/(?:[\w.+-]+\+)?json\s*(?:;|$)", re.IGNORECASE)
 _CHARSET = re.compile(rb"charset\s*=\s*\"?([\w-]+)", re.IGNORECASE)
@@ -40,6 +54,7 @@ async def read_json(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> Any
     Raises:
         UnsupportedMediaTypeError: the content type is not JSON in UTF-8.
         TooLargeError: the body is over `max_bytes`, whether or not its length was announced.
+        TooSlowError: it did not arrive in time.
         MalformedError: not UTF-8 or not JSON.
     """
     announced = None
@@ -61,13 +76,15 @@ async def read_bytes(request: Request, announced: bytes | None, encoding: bytes,
     Raises:
         UnsupportedMediaTypeError: it is packed, and not with gzip.
         TooLargeError: it is over `max_bytes`, packed or unpacked, whether or not its length was announced.
+        TooSlowError: it did not arrive within 30 s and one for each MiB announced, or allowed if none is.
         MalformedError: it is not the gzip data that it is said to be.
     """
     is_packed = bool(encoding) and is_gzip(encoding)
     # Eighteen digits are enough, and the conversion of very many is slow.
-    if announced is not None and announced[:18].isdigit() and int(announced[:18]) > max_bytes:
-        raise _too_large(max_bytes, int(announced[:18]))
-    body = await _read(request, max_bytes)
+    size = int(announced[:18]) if announced is not None and announced[:18].isdigit() else None
+    if size is not None and size > max_bytes:
+        raise _too_large(max_bytes, size)
+    body = await _read(request, max_bytes, size)
     return await inflate(body, max_bytes) if is_packed else body
 
 
@@ -155,13 +172,24 @@ def _check_media(media: bytes) -> None:
         raise UnsupportedMediaTypeError("The header Content-Type must be application/json, in UTF-8.")
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    message = await request.receive()
-    if message["type"] == "http.request" and not message.get("more_body", False):
-        body: bytes = message.get("body", b"")
+async def _read(request: Request, max_bytes: int, announced: int | None) -> bytes:
+    first, rest = _begun(request.receive())
+    # A body that is there already, as nearly all are, needs no timer.
+    if first is not None and first["type"] == "http.request" and not first.get("more_body", False):
+        body: bytes = first.get("body", b"")
         if len(body) > max_bytes:
             raise _too_large(max_bytes, len(body))
         return body
+    timeout_s = BODY_TIMEOUT_S + (max_bytes if announced is None else announced) / SLOWEST_BYTES_PER_S
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _gathered(first or await rest, request.receive, max_bytes)
+    except TimeoutError:
+        raise TooSlowError(f"The body did not arrive within {timeout_s:.0f} s.") from None
+
+
+async def _gathered(message: Message, receive: Callable[[], Awaitable[Message]], max_bytes: int) -> bytes:
+    """The body that begins with `message`."""
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -174,7 +202,27 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
-        message = await request.receive()
+        message = await receive()
+
+
+def _begun(receiving: Awaitable[Message]) -> tuple[Message | None, Awaitable[Message]]:
+    """What `receiving` gives without waiting; if nothing, what is left of it to be awaited."""
+    steps = receiving.__await__()
+    try:
+        awaited = next(steps)
+    except StopIteration as there:
+        return there.value, receiving
+    return None, _rest(steps, awaited)
+
+
+@types.coroutine
+def _rest(steps: Generator[Any, Any, Message], awaited: Any) -> Generator[Any, Any, Message]:
+    try:
+        yield awaited
+    except BaseException:
+        steps.close()
+        raise
+    return (yield from steps)
 
 
 def _too_large(limit: int, size: int) -> TooLargeError:

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from overtone.errors import InvalidInputError, OverloadedError, TooLargeError
+from overtone.errors import InvalidInputError, OverloadedError, TooLargeError, TooSlowError
 from serve.bodies import FieldError, checked_text, invalid, parse_json
 from serve.encodings import PIECE_BYTES, Deflater, Inflater, accepts_gzip, is_gzip
 from serve.options import PLAIN, split
@@ -30,6 +30,8 @@ CHUNK_CHARS = 512 * 1024
 CHUNKS_UNDER_WAY = 4
 STALLED_S = 60.0
 """A caller that reads nothing of its answer for so long has gone, or waits for us while we wait for it."""
+SILENT_S = 60.0
+"""A caller that sends nothing for so long, and has no answer to wait for, has gone."""
 
 _NDJSON = re.compile(rb"application/(?:x-ndjson|ndjson|jsonl|x-jsonlines)\s*(?:;|$)", re.IGNORECASE)
 
@@ -145,6 +147,8 @@ class StreamedAnswers(Response):
         self._has_ended = False
         self._changed = asyncio.Event()
         self._has_begun = False
+        self._sent_at = -SILENT_S
+        """On the clock of the event loop."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reader = asyncio.create_task(self._read())
@@ -194,7 +198,7 @@ class StreamedAnswers(Response):
     async def _pieces(self) -> AsyncIterator[bytes]:
         more = True
         while more:
-            message: Message = await self._request.receive()
+            message = await self._message()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             body: bytes = message.get("body", b"")
@@ -208,6 +212,21 @@ class StreamedAnswers(Response):
                     yield body[start : start + PIECE_BYTES]
         if self._inflater is not None:
             self._inflater.finish()
+
+    async def _message(self) -> Message:
+        """What comes next.
+
+        Raises:
+            TooSlowError: nothing came for long, and the caller was not waiting for us either.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(SILENT_S):
+                    return await self._request.receive()
+            except TimeoutError:
+                is_answered = asyncio.get_running_loop().time() - self._sent_at >= SILENT_S
+                if is_answered and not self._under_way:
+                    raise TooSlowError(f"Nothing of the body arrived for {SILENT_S:.0f} s.") from None
 
     async def _take(self, number: int, line: Line) -> None:
         self._next.add(number, line)
@@ -277,6 +296,7 @@ class StreamedAnswers(Response):
                     self._has_begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": self._head()})
                 await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+            self._sent_at = asyncio.get_running_loop().time()
         except TimeoutError:
             raise ClientDisconnect from None
 

@@ -70,6 +70,8 @@ def problem_response(request: Request, error: Exception) -> Response:
         headers |= error.headers or {}
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="overtone"'
+    if status == 408:
+        headers["connection"] = "close"  # the rest of the body may still be on its way
     if status in {429, 503}:
         retry_after_s = error.retry_after_s if isinstance(error, errors.OverloadedError) else 1.0
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
