@@ -37,6 +37,8 @@ class Identity:
     """What use is counted under; empty for `key_id`."""
     allowance: Allowance | None = None
     """How much may be used; None for no limit."""
+    is_session: bool = False
+    """Whether it is a browser session, which may end itself."""
 
 
 class KeyStore(Protocol):

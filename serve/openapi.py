@@ -15,8 +15,8 @@ _JSON = "application/json"
 _PROBLEM_JSON = "application/problem+json"
 _NDJSON = "application/x-ndjson"
 _REF = "#/components/schemas/{model}"
-_GUARDED = (401, 403, 503)
-_TAKING = (400, 408, 413, 415, 422, 429, 500, 504, *_GUARDED)
+_GUARDED = (401, 403, 429, 503)
+_TAKING = (400, 408, 413, 415, 422, 500, 504, *_GUARDED)
 _LINES_IN = '{"text": "I love this"}\n"worst service ever"\n'
 _LINES_OUT = (
     '{"label": "positive", "confidence": 0.98, "scores": {...}, "model_version": "..."}\n'
@@ -254,10 +254,10 @@ ROUTES = (
         "Exchange an API key for a session cookie",
         body=wire.SessionRequest,
         status=204,
-        problems=(400, 415, 422, *_GUARDED),
+        problems=(400, 408, 413, 415, 422, *_GUARDED),
         is_open=True,
     ),
-    Route("DELETE", "/session", "end_session", "session", "Sign out", status=204, problems=(401, 503), is_open=True),
+    Route("DELETE", "/session", "end_session", "session", "Sign out", status=204, problems=(429, 503), is_open=True),
     Route("GET", "/", "page", "page", "The page", is_open=True, is_shown=False),
     Route("GET", "/docs", "docs", "page", "This documentation", is_open=True, is_shown=False),
     Route("GET", "/static/{path:path}", "static", "page", "A file of the page", is_open=True, is_shown=False),

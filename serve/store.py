@@ -45,9 +45,9 @@ class Store:
         """The secret of a new session with the scopes of a key; None if the key is not good."""
         return await keys.create_session(await self._open(), key_id, until=until)
 
-    async def revoke(self, key_id: str) -> bool:
-        """End a key or session."""
-        return await keys.revoke(await self._open(), key_id, actor=key_id)
+    async def end_session(self, session_id: str) -> None:
+        """End a session, if it has not ended."""
+        await keys.revoke(await self._open(), session_id, actor=session_id)
 
     async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]:
         """What `GET /stats` shows, ready for JSON."""
@@ -101,7 +101,14 @@ class Store:
             _chosen(own.texts_per_minute, default.texts_per_minute),
             _chosen(own.texts_per_day, default.texts_per_day),
         )
-        return Identity(record.key_id, record.scopes, record.expires_at, record.account, allowance or None)
+        return Identity(
+            record.key_id,
+            record.scopes,
+            record.expires_at,
+            record.account,
+            allowance or None,
+            is_session=record.kind == "session",
+        )
 
 
 def _chosen(own: int | None, default: int) -> int:

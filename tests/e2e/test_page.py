@@ -97,12 +97,12 @@ class MemoryRecords:
         self.admit(secret)
         return secret
 
-    async def revoke(self, key_id: str) -> bool:
-        self.identities = {digest: one for digest, one in self.identities.items() if one.key_id != key_id}
-        return True
+    async def end_session(self, session_id: str) -> None:
+        self.identities = {digest: one for digest, one in self.identities.items() if one.key_id != session_id}
 
     def admit(self, secret: str) -> None:
-        self.identities[sha256(secret.encode()).digest()] = Identity(secret, frozenset({"predict", "read"}))
+        scopes = frozenset({"predict", "read"})
+        self.identities[sha256(secret.encode()).digest()] = Identity(secret, scopes, is_session=True)
 
     async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]:
         if self.failure is not None:

@@ -72,10 +72,9 @@ class MemoryRecords:
         self._reach()
         return self._session(next(key.scopes for key in self.keys.values() if key.key_id == key_id))
 
-    async def revoke(self, key_id: str) -> bool:
+    async def end_session(self, session_id: str) -> None:
         self._reach()
-        self.keys = {key: value for key, value in self.keys.items() if value.key_id != key_id}
-        return True
+        self.keys = {key: value for key, value in self.keys.items() if value.key_id != session_id}
 
     async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]:
         self._reach()
@@ -84,7 +83,7 @@ class MemoryRecords:
 
     def _session(self, scopes: frozenset[str]) -> str:
         secret = f"ovt_se_{len(self.keys)}"
-        self.keys[digest(secret)] = Identity(f"session_{len(self.keys)}", scopes)
+        self.keys[digest(secret)] = Identity(f"session_{len(self.keys)}", scopes, is_session=True)
         return secret
 
 
@@ -340,6 +339,32 @@ async def test_signing_in_with_a_key_and_out_again(api: Api) -> None:
 
     assert (await api.client.delete("/session")).status_code == 204
     assert (await api.get("/session")).status_code == 401
+
+
+async def test_signing_out_ends_sessions_alone(api: Api) -> None:
+    del api.client.headers["x-api-key"]
+    keys = len(api.records.keys)
+    for cookie in (SECRET, PREDICT_ONLY, "ovt_se_nobody's"):
+        response = await api.client.delete("/session", headers={"cookie": f"overtone_session={cookie}"})
+        assert response.status_code == 204
+        assert 'overtone_session=""' in response.headers["set-cookie"]
+    assert len(api.records.keys) == keys
+
+    await api.post("/session", {"key": SECRET})
+    assert len(api.records.keys) == keys + 1
+    for _ in range(2):
+        assert (await api.client.delete("/session")).status_code == 204
+        assert len(api.records.keys) == keys
+
+
+async def test_a_session_that_cannot_be_ended_keeps_its_cookie(api: Api) -> None:
+    del api.client.headers["x-api-key"]
+    await api.post("/session", {"key": SECRET})
+    api.records.is_down = True
+
+    response = await api.client.delete("/session")
+    assert_problem(response, 503, "database_unavailable")
+    assert "set-cookie" not in response.headers
 
 
 # --- everything else
