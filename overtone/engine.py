@@ -5,16 +5,21 @@ runtime are its own business. `classify` blocks, so asynchronous callers give it
 """
 
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from overtone.bundle import Bundle, TextEncoder, probabilities
-from overtone.errors import BundleError, EngineError
+from overtone.bundle import Bundle, Precision, TextEncoder, probabilities
+from overtone.errors import BundleError, ConfigurationError, EngineError
+from overtone.hardware import has_fast_int8, has_nvidia_driver, read_cpu_features
+from overtone.logging import get_logger
+from overtone.settings import WantedEngine
 
 Probabilities = NDArray[np.float32]
+EngineName = Literal["onnx-cpu", "onnx-cuda"]
 
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 """What ONNX Runtime must not fuse for a CPU: its fused kernels are slower there than the parts they replace."""
@@ -40,18 +45,39 @@ class Engine(Protocol):
         ...
 
 
-class OnnxEngine:
-    """ONNX Runtime on CPU. Threads may share one; each call runs on the same pool of `threads`."""
+@dataclass(frozen=True, slots=True)
+class Device:
+    """How ONNX Runtime runs a model on one kind of device."""
 
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+    provider: str
+    """Name of the execution provider; what it has no kernel for runs on the CPU."""
+    disabled_fusions: tuple[str, ...] = ()
+    binds: bool = False
+    """Whether inputs and outputs are bound, so that they cross to the device and back once a batch."""
+
+
+CPU = Device("CPUExecutionProvider", SLOW_FUSIONS)
+CUDA = Device("CUDAExecutionProvider", binds=True)
+DEVICES: dict[EngineName, Device] = {"onnx-cpu": CPU, "onnx-cuda": CUDA}
+
+
+class OnnxEngine:
+    """ONNX Runtime on one device. Threads may share one; each call runs on the same pool of `threads`.
+
+    `CUDA` has not been run on a device yet; what it does otherwise than `CPU` was run on a CPU alone.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int = 1, device: Device = CPU) -> None:
         """Load the model of `bundle`.
 
         Raises:
             BundleError: the file is no ONNX model, or not one of the shape a bundle has.
+            EngineError: the device cannot be used.
         """
         self.labels = len(bundle.labels)
         self._temperature = bundle.temperature
-        self._session: Any = _open_session(bundle, threads)
+        self._session: Any = _open_session(bundle, threads, device)
+        self._binds = device.binds
         inputs = {node.name: node for node in self._session.get_inputs()}
         unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids"}
         if unknown or "input_ids" not in inputs:
@@ -78,7 +104,7 @@ class OnnxEngine:
         if self._has_types:
             feed["token_type_ids"] = np.zeros_like(ids)
         try:
-            logits = self._session.run(self._outputs, feed)[0]
+            logits = self._run_bound(feed) if self._binds else self._session.run(self._outputs, feed)[0]
         except Exception as error:
             raise EngineError(f"The model failed on a batch of {ids.shape[0]} texts, {ids.shape[1]} tokens.") from error
         if not np.isfinite(logits).all():
@@ -88,6 +114,16 @@ class OnnxEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._session = None
+
+    def _run_bound(self, feed: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        # One a call: threads share the engine.
+        binding = self._session.io_binding()
+        for name, values in feed.items():
+            binding.bind_cpu_input(name, values)
+        binding.bind_output(self._outputs[0], "cpu")
+        self._session.run_with_iobinding(binding)
+        logits: NDArray[Any] = binding.copy_outputs_to_cpu()[0]
+        return logits
 
 
 class FakeEngine:
@@ -113,13 +149,75 @@ class FakeEngine:
         """See `Engine.close`."""
 
 
-def open_engine(bundle: Bundle, threads: int = 1) -> Engine:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine, and why it was chosen."""
+
+    name: EngineName
+    reason: str
+
+
+def choose_engine(wanted: WantedEngine, providers: Collection[str], precision: Precision) -> Choice:
+    """The engine for a bundle of `precision` where ONNX Runtime can use `providers`.
+
+    Raises:
+        BundleError: `wanted` cannot run a bundle of that precision.
+        ConfigurationError: `wanted` needs a provider that is not there.
+    """
+    has_cuda = CUDA.provider in providers
+    if wanted == "onnx-cpu":
+        return Choice("onnx-cpu", "ENGINE asks for it")
+    if wanted == "onnx-cuda":
+        if not has_cuda:
+            raise ConfigurationError(
+                "ENGINE is onnx-cuda, but ONNX Runtime finds no CUDA device here. Install the extra `gpu` in place of "
+                "the package onnxruntime, check that nvidia-smi shows a GPU, or set ENGINE=auto."
+            )
+        if precision == "int8":
+            raise BundleError(
+                "ENGINE is onnx-cuda, but this bundle is int8, whose operators have kernels for CPUs alone; "
+                "export it with `export.precision: fp32`, or set ENGINE=auto"
+            )
+        return Choice("onnx-cuda", "ENGINE asks for it")
+    if not has_cuda:
+        return Choice("onnx-cpu", "ONNX Runtime finds no CUDA device here")
+    if precision == "int8":
+        return Choice("onnx-cpu", "the bundle is int8, whose operators have kernels for CPUs alone")
+    return Choice("onnx-cuda", f"ONNX Runtime finds a CUDA device, and the bundle is {precision}")
+
+
+def is_slow(precision: Precision, features: frozenset[str] | None) -> bool:
+    """Whether a processor with `features` is known to lack what a bundle of `precision` is made for."""
+    return precision == "int8" and has_fast_int8(features) is False
+
+
+def usable_providers() -> list[str]:
+    """The execution providers of the installed ONNX Runtime, less CUDA where no driver is loaded."""
+    import onnxruntime
+
+    providers: list[str] = onnxruntime.get_available_providers()
+    return [name for name in providers if name != CUDA.provider or has_nvidia_driver()]
+
+
+def open_engine(bundle: Bundle, threads: int = 1, *, wanted: WantedEngine = "auto") -> Engine:
     """The engine for `bundle` on this machine, with `threads` threads.
 
     Raises:
-        BundleError: the model cannot be loaded.
+        BundleError: the model cannot be loaded, or `wanted` cannot run it.
+        ConfigurationError: this machine has not what `wanted` needs.
+        EngineError: the device that `wanted` names cannot be used.
     """
-    return OnnxEngine(bundle, threads)
+    choice = choose_engine(wanted, usable_providers(), bundle.precision)
+    if choice.name == "onnx-cpu" and is_slow(bundle.precision, read_cpu_features()):
+        get_logger().warning("engine.int8_is_slow", reason="the processor has no VNNI, AMX or dot product")
+    try:
+        return OnnxEngine(bundle, threads, DEVICES[choice.name])
+    except EngineError as error:
+        # Drivers that are too old, and devices that Ray keeps from this replica, show only here.
+        if wanted != "auto" or choice.name == "onnx-cpu":
+            raise
+        get_logger().warning("engine.device_refused", reason=error.message)
+        return OnnxEngine(bundle, threads)
 
 
 BUDGET_TOKENS = 512
@@ -181,7 +279,7 @@ def pad(token_ids: Sequence[Sequence[int]], dtype: type[np.integer[Any]]) -> tup
     return ids, mask.astype(dtype)
 
 
-def _open_session(bundle: Bundle, threads: int) -> Any:
+def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
     # Half a second to import; callers that only use FakeEngine do not pay it.
     import onnxruntime
 
@@ -193,12 +291,19 @@ def _open_session(bundle: Bundle, threads: int) -> Any:
     # A waiting thread that spins takes the core from the replica beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if device.provider == CUDA.provider:
+        # CUDA and cuDNN that came as Python packages are on no path the system searches.
+        onnxruntime.preload_dlls()
     try:
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             str(bundle.model_path),
             options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(SLOW_FUSIONS),
+            providers=list(dict.fromkeys([device.provider, CPU.provider])),
+            disabled_optimizers=list(device.disabled_fusions),
         )
     except Exception as error:
         raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({error})") from error
+    # A provider that fails to start is left out without an error.
+    if device.provider not in session.get_providers():
+        raise EngineError(f"ONNX Runtime cannot use {device.provider}; set ENGINE=onnx-cpu to do without.")
+    return session

@@ -52,6 +52,7 @@ Algorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "HS256", "HS384", "HS512"
 ]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+WantedEngine = Literal["auto", "onnx-cpu", "onnx-cuda"]
 
 
 class Settings(BaseSettings):
@@ -202,6 +203,11 @@ class Settings(BaseSettings):
     bundle: Path | None = Field(
         None, description="Folder of the model bundle to serve. Unset: the bundle in the package."
     )
+    engine: WantedEngine = Field(
+        "auto",
+        description="What runs the model: auto, onnx-cpu or onnx-cuda. auto: CUDA where there is a device and the "
+        "bundle is not int8, else the CPU.",
+    )
     serve_replicas: int | None = Field(
         None, ge=1, le=1024, description="Serving replicas, one thread each. 1 to 1024. Default: one a core, at most 8."
     )
@@ -240,6 +246,11 @@ class Settings(BaseSettings):
     def home(self) -> Path:
         """`overtone_home`, absolute, with `~` resolved."""
         return self.overtone_home.expanduser().absolute()
+
+    @property
+    def replicas(self) -> int:
+        """`serve_replicas`, or one a core of this machine, at most 8."""
+        return self.serve_replicas or min(8, os.cpu_count() or 1)
 
     @field_validator("jwt_jwks_url")
     @classmethod

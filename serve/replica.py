@@ -3,6 +3,7 @@
 import contextlib
 from asyncio import Task, get_running_loop, to_thread
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -10,6 +11,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from overtone import logging
+from overtone.engine import open_engine
 from overtone.errors import BundleError, ConfigurationError, EngineError
 from overtone.metrics import forget_dead_processes
 from overtone.settings import Settings, load_settings
@@ -63,7 +65,12 @@ class Replica:
         self._gate = Gate(
             self._keys, api_key_header=self._settings.api_key_header, tokens=self._tokens, quotas=self._quotas
         )
-        self._classifier = Classifier(limits=options.limits, threads=options.threads, cache=_cache(self._settings))
+        self._classifier = Classifier(
+            limits=options.limits,
+            threads=options.threads,
+            engine_for=partial(open_engine, wanted=self._settings.engine),
+            cache=_cache(self._settings),
+        )
         self._tracing = open_tracing(self._settings.otel_exporter_otlp_endpoint, self._settings.otel_traces_sampler_arg)
         self._service = Service(
             classifier=self._classifier,

@@ -90,7 +90,7 @@ def order(settings: Settings, change: Change, console: Console, *, is_dry_run: b
 def _require_fit(settings: Settings, folder: str | None, champion: str | None) -> None:
     """The check that replicas make too, before anything is touched."""
     bundle = _bundle(settings, folder)
-    engine = open_engine(bundle)
+    engine = open_engine(bundle, wanted=settings.engine)
     try:
         check_golden(bundle, engine)
     finally:

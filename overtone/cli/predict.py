@@ -89,10 +89,10 @@ class RemotePredictor:
 class LocalPredictor:
     """The bundle, in this process."""
 
-    def __init__(self, bundle_path: Path | None, threads: int) -> None:
-        self._bundle = load_bundle(bundle_path)
+    def __init__(self, settings: Settings, threads: int) -> None:
+        self._bundle = load_bundle(settings.bundle)
         self._encoder = TextEncoder(self._bundle)
-        self._engine = open_engine(self._bundle, threads)
+        self._engine = open_engine(self._bundle, threads, wanted=settings.engine)
 
     async def classify(self, texts: Sequence[str]) -> list[Outcome]:
         """See `Predictor`."""
@@ -219,7 +219,7 @@ async def _outcomes(predictor: Predictor, batch: Sequence[Row]) -> list[Outcome 
 @asynccontextmanager
 async def _predictor(settings: Settings, *, is_local: bool) -> AsyncIterator[Predictor]:
     if is_local or served_version(settings) is None:
-        yield LocalPredictor(settings.bundle, _cores())
+        yield LocalPredictor(settings, _cores())
         return
     async with client_for(settings, _TIMEOUT_S) as client:
         yield RemotePredictor(client)

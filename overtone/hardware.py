@@ -1,0 +1,34 @@
+"""What this machine has that an engine can use. Looks at files of the kernel; loads no library."""
+
+from pathlib import Path
+
+CPU_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp")
+"""Instruction sets that decide how fast int8 is, in the kernel's names, the best of each family first."""
+
+_FAST_INT8 = frozenset({"amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp"})
+"""Each multiplies int8 and adds to int32 in one instruction, without overflow on the way."""
+
+_CPU_FILE = Path("/proc/cpuinfo")
+_GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""Of NVIDIA's driver on Linux, and on Linux within Windows."""
+
+
+def read_cpu_features(file: Path = _CPU_FILE) -> frozenset[str] | None:
+    """Those of `CPU_FEATURES` that the processor has, or None where the system does not tell: all but Linux."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    # x86 says flags, ARM says Features; other architectures have neither, and no such instruction.
+    words = next((line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "feat"))), [])
+    return frozenset(CPU_FEATURES).intersection(words)
+
+
+def has_fast_int8(features: frozenset[str] | None) -> bool | None:
+    """Whether int8 models run at full speed, and without sums that saturate; None if that is not known."""
+    return None if features is None else bool(features & _FAST_INT8)
+
+
+def has_nvidia_driver() -> bool:
+    """Whether a driver of NVIDIA's is loaded and reaches this process or container."""
+    return any(file.exists() for file in _GPU_FILES)

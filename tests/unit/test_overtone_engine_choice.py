@@ -1,0 +1,98 @@
+"""Which engine runs a bundle, by what the machine has."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from overtone.bundle import Bundle, Precision
+from overtone.engine import CPU, CUDA, Device, EngineName, OnnxEngine, choose_engine, is_slow, open_engine
+from overtone.errors import BundleError, ConfigurationError, EngineError
+from overtone.hardware import has_fast_int8, read_cpu_features
+from overtone.settings import WantedEngine
+
+ON_CPU = ["AzureExecutionProvider", "CPUExecutionProvider"]
+ON_GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+TEXTS = [[1, 4, 2], [1, 8, 8, 9, 2], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "providers", "precision", "name", "reason"),
+    [
+        ("auto", ON_CPU, "int8", "onnx-cpu", "no CUDA device"),
+        ("auto", ON_CPU, "fp32", "onnx-cpu", "no CUDA device"),
+        ("auto", ON_GPU, "int8", "onnx-cpu", "int8"),
+        ("auto", ON_GPU, "fp32", "onnx-cuda", "fp32"),
+        ("auto", ON_GPU, "fp16", "onnx-cuda", "fp16"),
+        ("onnx-cpu", ON_GPU, "fp32", "onnx-cpu", "ENGINE"),
+        ("onnx-cuda", ON_GPU, "fp32", "onnx-cuda", "ENGINE"),
+    ],
+)
+def test_the_choice_and_its_reason(
+    wanted: WantedEngine, providers: list[str], precision: Precision, name: EngineName, reason: str
+) -> None:
+    choice = choose_engine(wanted, providers, precision)
+    assert choice.name == name
+    assert reason in choice.reason
+
+
+def test_cuda_that_is_not_there_is_an_error_of_the_setting() -> None:
+    with pytest.raises(ConfigurationError, match="ENGINE=auto"):
+        choose_engine("onnx-cuda", ON_CPU, "fp32")
+
+
+def test_cuda_for_an_int8_bundle_is_an_error_of_the_bundle() -> None:
+    with pytest.raises(BundleError, match=r"export\.precision: fp32"):
+        choose_engine("onnx-cuda", ON_GPU, "int8")
+
+
+def test_a_device_that_cannot_be_used_is_named(tiny_bundle: Bundle) -> None:
+    absent = Device("AbsentExecutionProvider")
+    with (
+        pytest.warns(UserWarning, match="AbsentExecutionProvider"),
+        pytest.raises(EngineError, match="AbsentExecutionProvider"),
+    ):
+        OnnxEngine(tiny_bundle, device=absent)
+
+
+def test_bound_inputs_give_the_same_scores(tiny_bundle: Bundle) -> None:
+    bound = OnnxEngine(tiny_bundle, device=Device(CPU.provider, CPU.disabled_fusions, binds=True))
+    np.testing.assert_array_equal(bound.classify(TEXTS), OnnxEngine(tiny_bundle).classify(TEXTS))
+    with pytest.raises(EngineError, match="batch of"):
+        bound.classify([[1, 99, 2]])
+
+
+def test_the_cpu_can_be_asked_for(tiny_bundle: Bundle) -> None:
+    assert open_engine(tiny_bundle, wanted="onnx-cpu").classify(TEXTS).shape == (3, 3)
+    assert CUDA.binds
+    assert not CUDA.disabled_fusions
+
+
+@pytest.mark.parametrize(
+    ("text", "features", "is_fast"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\n", {"avx2", "avx512f", "avx512_vnni"}, True),
+        ("flags\t: fpu sse2 avx2\nflags\t: fpu sse2 avx2\n", {"avx2"}, False),
+        ("flags\t: avx2 avx_vnni amx_int8\n", {"avx2", "avx_vnni", "amx_int8"}, True),
+        ("Features\t: fp asimd asimddp\n", {"asimddp"}, True),
+        ("Features\t: fp asimd\n", set(), False),
+        ("", set(), False),
+    ],
+)
+def test_features_of_processors(tmp_path: Path, text: str, features: set[str], is_fast: bool) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    assert read_cpu_features(file) == features
+    assert has_fast_int8(read_cpu_features(file)) is is_fast
+
+
+def test_only_int8_without_its_instructions_is_slow() -> None:
+    assert is_slow("int8", frozenset({"avx2"}))
+    assert not is_slow("fp32", frozenset({"avx2"}))
+    assert not is_slow("int8", frozenset({"avx2", "avx_vnni"}))
+    assert not is_slow("int8", None)
+
+
+def test_a_system_that_does_not_tell_is_not_blamed(tmp_path: Path) -> None:
+    assert read_cpu_features(tmp_path / "absent") is None
+    assert has_fast_int8(None) is None
