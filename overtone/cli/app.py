@@ -180,11 +180,16 @@ def predict(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> int:
+def doctor(
+    as_json: AsJson = False,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Run the engine for a second and show texts a second.")
+    ] = False,
+) -> int:
     """Check this machine and these settings; say how to mend what is wrong."""
     from overtone.cli.doctor import doctor as run_doctor
 
-    return run_doctor(Console(), as_json=as_json)
+    return run_doctor(Console(), as_json=as_json, bench=bench)
 
 
 @database.command("upgrade")

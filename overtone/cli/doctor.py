@@ -6,8 +6,10 @@ import shutil
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -16,13 +18,15 @@ import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from overtone.bundle import load_bundle
+from overtone.bundle import Bundle, TextEncoder, load_bundle
 from overtone.cli.cleanup import embedded_postgres
 from overtone.cli.exits import EXIT_CODES
 from overtone.cli.plan import DASHBOARD_PORT, LOOPBACK, free_ports, port_owner, require_free_port
 from overtone.cli.state import RunFolder
 from overtone.db.embedded import find_binaries
+from overtone.engine import choose_engine, classify_sorted, is_slow, open_engine, usable_providers
 from overtone.errors import EnvironmentProblemError, OvertoneError
+from overtone.hardware import CPU_FEATURES, read_cpu_features
 from overtone.settings import Settings, load_settings
 from serve.environment import find_haproxy, is_loopback, runtime_folder
 
@@ -32,6 +36,9 @@ _GIB = 1024**3
 _MIN_FREE_DISK = 2 * _GIB
 _MIN_MEMORY = 3 * _GIB
 _MIN_SHM = 160 * 1024**2
+_BENCH_S = 1.0
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+"""Both install the module `onnxruntime`, so each can stand in for the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +55,9 @@ class Finding:
 Check = Callable[[Settings], Iterator[Finding]]
 
 
-def doctor(console: Console, *, as_json: bool) -> int:
+def doctor(console: Console, *, as_json: bool, bench: bool = False) -> int:
     """Show all findings; 0 when none is a problem, else the code of `EnvironmentProblemError`."""
-    findings = examine()
+    findings = examine(bench_s=_BENCH_S if bench else 0.0)
     if as_json:
         console.print_json(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -60,19 +67,32 @@ def doctor(console: Console, *, as_json: bool) -> int:
     return EXIT_CODES[EnvironmentProblemError] if has_problem else 0
 
 
-def examine() -> list[Finding]:
-    """Every finding; a check that fails by itself is a finding too."""
+def examine(*, bench_s: float = 0.0) -> list[Finding]:
+    """Every finding; a check that fails by itself is a finding too. The engine is run for `bench_s` seconds, if any."""
     findings = [_python()]
     try:
         settings = load_settings()
     except OvertoneError as error:
         return [*findings, Finding("settings", "problem", error.message, "Correct these variables.")]
     findings.append(Finding("settings", "ok", "every variable is in its range"))
-    for check in (_packages, _machine, _folders, _ports, _programs, _bundle, _source):
+    checks: dict[str, Check] = {
+        "packages": _packages,
+        "machine": _machine,
+        "folders": _folders,
+        "ports": _ports,
+        "programs": _programs,
+        "bundle": _bundle,
+        "engine": _engine,
+        "posts": _source,
+    }
+    if bench_s:
+        checks["bench"] = partial(_bench, seconds=bench_s)
+    for name, check in checks.items():
         try:
             findings += check(settings)
         except (OvertoneError, OSError, psutil.Error) as error:
-            findings.append(Finding(check.__name__.strip("_"), "problem", str(error) or type(error).__name__))
+            advice = "Do what it says, then run `overtone doctor` again."
+            findings.append(Finding(name, "problem", str(error) or type(error).__name__, advice))
     return findings
 
 
@@ -91,9 +111,10 @@ def _packages(_settings: Settings) -> Iterator[Finding]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            installed = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
+        installed = _version_of(requirement.name)
+        if installed is None and requirement.name in _RUNTIMES:
+            installed = next(filter(None, map(_version_of, _RUNTIMES)), None)
+        if installed is None:
             missing.append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
@@ -102,6 +123,13 @@ def _packages(_settings: Settings) -> Iterator[Finding]:
         yield Finding("packages", "problem", "; ".join(missing), "Run `make up` again, or `pip install -e .`.")
     else:
         yield Finding("packages", "ok", "all are there")
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _machine(settings: Settings) -> Iterator[Finding]:
@@ -186,6 +214,78 @@ def _bundle(settings: Settings) -> Iterator[Finding]:
         yield Finding("bundle", "problem", error.message, "Correct BUNDLE, or unset it to use the one in the package.")
         return
     yield Finding("bundle", "ok", f"{bundle.version} in {bundle.path}")
+
+
+def _engine(settings: Settings) -> Iterator[Finding]:
+    yield runtime_finding({name: version for name in _RUNTIMES if (version := _version_of(name))})
+    yield layout_finding(settings.replicas, os.cpu_count() or 1)
+    bundle = _readable_bundle(settings)
+    if bundle is None:
+        return
+    choice = choose_engine(settings.engine, usable_providers(), bundle.precision)
+    yield Finding("engine", "ok", f"{choice.name}: {choice.reason}")
+    if choice.name == "onnx-cpu":
+        yield processor_finding(bundle, read_cpu_features())
+
+
+def runtime_finding(versions: dict[str, str]) -> Finding:
+    """What there is to say of the installed packages of ONNX Runtime, name to version."""
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if len(versions) < len(_RUNTIMES):
+        # With none, the packages are a finding of their own.
+        return Finding("onnx runtime", "ok", found or "not installed")
+    advice = (
+        "They install the same module, and the last one wins. Run: pip uninstall -y onnxruntime onnxruntime-gpu, "
+        "then: pip install onnxruntime-gpu for a GPU, or onnxruntime for the CPU."
+    )
+    return Finding("onnx runtime", "warning", found, advice)
+
+
+def layout_finding(replicas: int, cores: int) -> Finding:
+    """Whether `replicas` of one thread each fit `cores`."""
+    found = f"{replicas} replicas x 1 thread on {cores} cores"
+    if replicas > cores:
+        return Finding("layout", "warning", found, f"They take turns on the cores: set SERVE_REPLICAS={cores} or less.")
+    return Finding("layout", "ok", found)
+
+
+def processor_finding(bundle: Bundle, features: frozenset[str] | None) -> Finding:
+    """Whether a processor with `features` has what `bundle` is made for."""
+    if features is None:
+        return Finding("processor", "ok", "its instruction sets are not known on this system")
+    found = ", ".join(name for name in CPU_FEATURES if name in features) or "no instructions for int8"
+    if is_slow(bundle.precision, features):
+        advice = "int8 is slow without VNNI, AMX or dot products: compare a bundle in fp32 (export.precision: fp32)."
+        return Finding("processor", "warning", found, advice)
+    return Finding("processor", "ok", found)
+
+
+def _bench(settings: Settings, seconds: float) -> Iterator[Finding]:
+    bundle = _readable_bundle(settings)
+    if bundle is None:
+        return
+    engine = open_engine(bundle, wanted=settings.engine)
+    try:
+        # Enough copies that batches are as large as when serving.
+        token_ids = TextEncoder(bundle).encode([golden.text for golden in bundle.golden] * 8)
+        classify_sorted(engine, token_ids)
+        texts, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds:
+            classify_sorted(engine, token_ids)
+            texts += len(token_ids)
+    finally:
+        engine.close()
+    mean = sum(map(len, token_ids)) / len(token_ids)
+    found = f"{texts / elapsed:.0f} texts/s by one thread, with {mean:.0f} tokens a text and no server"
+    yield Finding("bench", "ok", found)
+
+
+def _readable_bundle(settings: Settings) -> Bundle | None:
+    """None if it cannot be loaded, which is a finding of `_bundle`."""
+    try:
+        return load_bundle(settings.bundle)
+    except OvertoneError:
+        return None
 
 
 def _source(settings: Settings) -> Iterator[Finding]:
