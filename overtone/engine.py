@@ -71,8 +71,7 @@ class OnnxEngine:
         """Load the model of `bundle`.
 
         Raises:
-            BundleError: the file is no ONNX model, or not one of the shape a bundle has.
-            EngineError: the device cannot be used.
+            BundleError: the file is no ONNX model, or not one of the shape a bundle has, or the device cannot run it.
         """
         self.labels = len(bundle.labels)
         self._temperature = bundle.temperature
@@ -89,7 +88,12 @@ class OnnxEngine:
         self._has_mask = "attention_mask" in inputs
         self._has_types = "token_type_ids" in inputs
         self._outputs = [self._session.get_outputs()[0].name]
-        shape = self.classify([[0, 0]]).shape
+        try:
+            shape = self.classify([[0, 0]]).shape
+        except EngineError as error:
+            raise BundleError(
+                f"{bundle.model_path}: fails on {device.provider} ({error.__cause__ or error})"
+            ) from error
         if shape != (1, self.labels):
             raise BundleError(f"{bundle.model_path}: gives {shape} for one text and {self.labels} labels")
 
@@ -199,20 +203,21 @@ def usable_providers() -> list[str]:
     return [name for name in providers if name != CUDA.provider or has_nvidia_driver()]
 
 
-def open_engine(bundle: Bundle, threads: int = 1, *, wanted: WantedEngine = "auto") -> Engine:
-    """The engine for `bundle` on this machine, with `threads` threads.
+def open_engine(
+    bundle: Bundle, threads: int = 1, *, wanted: WantedEngine = "auto", providers: Collection[str] | None = None
+) -> Engine:
+    """The engine for `bundle` on this machine, with `threads` threads. `providers` default to `usable_providers()`.
 
     Raises:
-        BundleError: the model cannot be loaded, or `wanted` cannot run it.
+        BundleError: the model cannot be loaded, or the device that `wanted` names cannot run it.
         ConfigurationError: this machine has not what `wanted` needs.
-        EngineError: the device that `wanted` names cannot be used.
     """
-    choice = choose_engine(wanted, usable_providers(), bundle.precision)
+    choice = choose_engine(wanted, usable_providers() if providers is None else providers, bundle.precision)
     if choice.name == "onnx-cpu" and is_slow(bundle.precision, read_cpu_features()):
         get_logger().warning("engine.int8_is_slow", reason="the processor has no VNNI, AMX or dot product")
     try:
         return OnnxEngine(bundle, threads, DEVICES[choice.name])
-    except EngineError as error:
+    except BundleError as error:
         # Drivers that are too old, and devices that Ray keeps from this replica, show only here.
         if wanted != "auto" or choice.name == "onnx-cpu":
             raise
@@ -290,7 +295,6 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
     options.log_severity_level = 3
     # A waiting thread that spins takes the core from the replica beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if device.provider == CUDA.provider:
         # CUDA and cuDNN that came as Python packages are on no path the system searches.
         onnxruntime.preload_dlls()
@@ -300,10 +304,14 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
             options,
             providers=list(dict.fromkeys([device.provider, CPU.provider])),
             disabled_optimizers=list(device.disabled_fusions),
+            # It would print, and go on with another provider than the one that was chosen.
+            enable_fallback=0,
         )
     except Exception as error:
-        raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({error})") from error
-    # A provider that fails to start is left out without an error.
+        raise BundleError(
+            f"{bundle.model_path}: ONNX Runtime cannot load it for {device.provider} ({error})"
+        ) from error
+    # Some providers that fail to start are left out without an error.
     if device.provider not in session.get_providers():
-        raise EngineError(f"ONNX Runtime cannot use {device.provider}; set ENGINE=onnx-cpu to do without.")
+        raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot start {device.provider}")
     return session

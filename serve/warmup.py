@@ -19,8 +19,8 @@ _ROW_TOKENS = 16
 _ROWS = (1, 2, 4, 8, 16, 32)
 _ROUNDS = 15
 _FIXED_SHARE = 0.04
-# The least is what suits a quiet processor: a start beside other work measures badly, and too little costs more than too
-# much.
+# The least is what suits a quiet processor: a start beside other work measures badly, and too little costs more than
+# too much.
 MIN_BUDGET_TOKENS, MAX_BUDGET_TOKENS = 256, 16_384
 MIN_WASTE_TOKENS, MAX_WASTE_TOKENS = 8, 1024
 

@@ -86,12 +86,10 @@ class Rollout:
         if chosen == self.champion:
             raise ConfigurationError("That bundle is the champion; a challenger must be another one.")
         is_same = chosen == self.challenger
-        shares = {
-            "shadow": (self.shadow if is_same else 0.0) if shadow is None else shadow,
-            "canary": (self.canary if is_same else 0.0) if canary is None else canary,
-        }
-        kept = chosen if any(shares.values()) else None
-        return replace(self, challenger=kept, revision=self.revision + 1, **shares)
+        seen = (self.shadow if is_same else 0.0) if shadow is None else shadow
+        answered = (self.canary if is_same else 0.0) if canary is None else canary
+        kept = chosen if seen or answered else None
+        return replace(self, challenger=kept, revision=self.revision + 1, shadow=seen, canary=answered)
 
 
 def rollout_file(home: Path) -> Path:

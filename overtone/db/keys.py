@@ -116,8 +116,9 @@ async def create_key(
             expires_at,
             *(getattr(chosen, limit) for limit in _LIMITS),
         )
-        detail = {"name": name, "scopes": list(scopes), "expires_at": expires_at and expires_at.isoformat()}
-        await record_audit(connection, actor, "key.created", key_id, {**detail, **asdict(chosen)})
+        ends = expires_at.isoformat() if expires_at else None
+        detail: dict[str, Any] = {"name": name, "scopes": list(scopes), "expires_at": ends, **asdict(chosen)}
+        await record_audit(connection, actor, "key.created", key_id, detail)
     return key_id, secret
 
 
