@@ -217,6 +217,7 @@ def _begun(receiving: Awaitable[Message]) -> tuple[Message | None, Awaitable[Mes
 
 @types.coroutine
 def _rest(steps: Generator[Any, Any, Message], awaited: Any) -> Generator[Any, Any, Message]:
+    """What is left of an awaitable that was begun and waits for `awaited`."""
     try:
         yield awaited
     except BaseException:
