@@ -91,9 +91,8 @@ class OnnxEngine:
         try:
             shape = self.classify([[0, 0]]).shape
         except EngineError as error:
-            raise BundleError(
-                f"{bundle.model_path}: fails on {device.provider} ({error.__cause__ or error})"
-            ) from error
+            reason = error.__cause__ or error
+            raise BundleError(f"{bundle.model_path}: fails on {device.provider} ({reason})") from error
         if shape != (1, self.labels):
             raise BundleError(f"{bundle.model_path}: gives {shape} for one text and {self.labels} labels")
 

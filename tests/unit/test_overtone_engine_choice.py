@@ -3,10 +3,21 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
-from overtone.bundle import Bundle, Precision
-from overtone.engine import CPU, CUDA, Device, EngineName, OnnxEngine, choose_engine, is_slow, open_engine
+from overtone.bundle import Bundle, BundleSpec, Precision, write_bundle
+from overtone.engine import (
+    CPU,
+    CUDA,
+    Device,
+    EngineName,
+    OnnxEngine,
+    choose_engine,
+    is_slow,
+    open_engine,
+    usable_providers,
+)
 from overtone.errors import BundleError, ConfigurationError, EngineError
 from overtone.hardware import has_fast_int8, read_cpu_features
 from overtone.settings import WantedEngine
@@ -46,13 +57,32 @@ def test_cuda_for_an_int8_bundle_is_an_error_of_the_bundle() -> None:
         choose_engine("onnx-cuda", ON_GPU, "int8")
 
 
-def test_a_device_that_cannot_be_used_is_named(tiny_bundle: Bundle) -> None:
-    absent = Device("AbsentExecutionProvider")
-    with (
-        pytest.warns(UserWarning, match="AbsentExecutionProvider"),
-        pytest.raises(EngineError, match="AbsentExecutionProvider"),
-    ):
-        OnnxEngine(tiny_bundle, device=absent)
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_a_device_that_cannot_be_used_is_named(tiny_bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BundleError, match="AbsentExecutionProvider"):
+        OnnxEngine(tiny_bundle, device=Device("AbsentExecutionProvider"))
+    assert "EP Error" not in capfd.readouterr().out
+
+
+def test_a_model_that_fails_on_the_first_text_is_refused(tiny_bundle: Bundle, bundle_spec: BundleSpec) -> None:
+    model = onnx.load(tiny_bundle.model_path)
+    table = next(one for one in model.graph.initializer if one.name == "table")
+    table.CopyFrom(onnx.numpy_helper.from_array(np.empty((0, 3), dtype=np.float32), "table"))
+    onnx.save(model, tiny_bundle.model_path)
+    with pytest.raises(BundleError, match=r"model\.onnx: fails on CPUExecutionProvider"):
+        OnnxEngine(write_bundle(tiny_bundle.path, spec=bundle_spec))
+
+
+@pytest.mark.skipif(CUDA.provider in usable_providers(), reason="this machine has CUDA")
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_a_device_that_fails_to_start_is_done_without_unless_it_was_asked_for(
+    tiny_bundle: Bundle, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = OnnxEngine(tiny_bundle).classify(TEXTS)
+    np.testing.assert_array_equal(open_engine(tiny_bundle, providers=ON_GPU).classify(TEXTS), expected)
+    assert "engine.device_refused" in "".join(capfd.readouterr())
+    with pytest.raises(BundleError, match="CUDAExecutionProvider"):
+        open_engine(tiny_bundle, wanted="onnx-cuda", providers=ON_GPU)
 
 
 def test_bound_inputs_give_the_same_scores(tiny_bundle: Bundle) -> None:
