@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import psutil
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 from overtone.db import Database
@@ -26,6 +27,13 @@ _numbers = itertools.count()
 # How fast this machine is says nothing about the code.
 settings.register_profile("overtone", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("overtone")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Commands send the log to the standard error they find, which the capture of their test closes."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

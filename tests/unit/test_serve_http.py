@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from hashlib import sha256
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-import structlog
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from overtone import errors, logging
@@ -544,13 +543,6 @@ async def test_an_answer_tells_where_its_time_went(tiny_bundle: Bundle) -> None:
     assert "server-timing" not in (await api.get("/health")).headers
 
 
-@pytest.fixture
-def default_logging() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()
-
-
-@pytest.mark.usefixtures("default_logging")
 async def test_requests_are_traced_and_logged_by_trace(tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     exporter = InMemorySpanExporter()
     tracing = open_tracing(None, 1.0, exporter=exporter)
