@@ -62,7 +62,8 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict[str
 def _depth(name: str, layers: int) -> int:
     if found := _LAYER.search(name):
         return layers - int(found[1])
-    return layers + 1 if "embeddings" in name else 0
+    # Position biases that all layers share (MPNet, T5) are as general as the embeddings.
+    return layers + 1 if "embeddings" in name or "attention_bias" in name else 0
 
 
 def learning_rate_factor(config: OptimiserConfig, total_steps: int) -> Callable[[int], float]:

@@ -18,7 +18,7 @@ def classifier_class(shape: PretrainedConfig) -> Any:
     """The class to load a model of `shape` with; `shape.pooling` is `cls` (or absent) or `mean`, and saved with it.
 
     Raises:
-        ConfigurationError: `mean` is asked for and the architecture's head is more than dropout and a linear layer.
+        ConfigurationError: `mean` is asked for and the architecture has no classifier.
     """
     if getattr(shape, "pooling", "cls") != "mean":
         return AutoModelForSequenceClassification
@@ -32,15 +32,17 @@ def classifier_class(shape: PretrainedConfig) -> Any:
 @cache
 def _mean_pooled(stock: Any) -> Any:
     class MeanPooled(stock):  # type: ignore[misc]
-        """`stock` with the average of the last layer's vectors in place of the pooled first one."""
+        """`stock` with dropout and one linear layer over the average of the last layer's vectors as its whole head."""
 
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
-            parts = {name for name, _ in self.named_children()}
-            if parts != {self.base_model_prefix, "dropout", "classifier"} or not isinstance(self.classifier, nn.Linear):
-                raise ConfigurationError(f"model.pooling=mean does not go with the head of {stock.__name__}; use cls")
-            # Without a gradient it would stop a run of several workers, and be exported for nothing.
+            # What has no gradient would stop a run of several workers, and be exported for nothing.
+            for name in {name for name, _ in self.named_children()} - {self.base_model_prefix}:
+                delattr(self, name)
             self.base_model.pooler = None
+            self.dropout = nn.Dropout(_dropout(config))
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+            self.post_init()
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
             """Logits [rows, labels] of token ids and mask, both [rows, tokens]."""
@@ -51,3 +53,11 @@ def _mean_pooled(stock: Any) -> Any:
 
     MeanPooled.__name__ = MeanPooled.__qualname__ = f"MeanPooled{stock.__name__}"
     return MeanPooled
+
+
+def _dropout(shape: PretrainedConfig) -> float:
+    """The dropout before the last layer; architectures name it differently."""
+    for name in ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob"):
+        if (found := getattr(shape, name, None)) is not None:
+            return float(found)
+    return 0.0

@@ -1,10 +1,11 @@
 """One vector from many: the mean over the tokens that are there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, RobertaConfig
+from transformers import BertConfig, DistilBertConfig, MPNetConfig, RobertaConfig, ViTMAEConfig
 
 from overtone.errors import ConfigurationError
 from train.pooling import classifier_class
@@ -37,15 +38,16 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
         assert torch.allclose(again(padded, mask).logits, expected, atol=1e-6)
 
 
-def test_every_parameter_takes_part() -> None:
-    shape = BertConfig(**SHAPE, pooling="mean")
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig, MPNetConfig, DistilBertConfig])
+def test_every_parameter_takes_part_whatever_the_head_was(kind: Any) -> None:
+    shape = kind(**SHAPE, pooling="mean")
     model = classifier_class(shape)(shape)
     ids = torch.tensor([[2, 5, 6, 3]])
     model(ids, torch.ones_like(ids)).logits.sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert {name for name, _ in model.named_children()} == {model.base_model_prefix, "dropout", "classifier"}
 
 
-def test_a_head_of_its_own_kind_is_refused() -> None:
-    shape = RobertaConfig(**SHAPE, pooling="mean")
-    with pytest.raises(ConfigurationError, match="does not go with the head of RobertaForSequenceClassification"):
-        classifier_class(shape)(shape)
+def test_an_architecture_without_a_classifier_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="models of type vit_mae cannot be classifiers"):
+        classifier_class(ViTMAEConfig(pooling="mean"))
