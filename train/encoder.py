@@ -59,7 +59,7 @@ def encoder_of(tokenizer: Any, max_length: int) -> Encode:
     return encode
 
 
-def open_classifier(config: ModelConfig, labels: Sequence[str], *, attention: str = "sdpa") -> Any:
+def open_classifier(config: ModelConfig, labels: Sequence[str]) -> Any:
     """The encoder with a fresh classification head for `labels`, as a torch module in fp32.
 
     Raises:
@@ -85,7 +85,6 @@ def open_classifier(config: ModelConfig, labels: Sequence[str], *, attention: st
         return classifier_class(shape).from_pretrained(
             folder,
             config=shape,
-            attn_implementation=attention,
             ignore_mismatched_sizes=True,  # an encoder with a head for other labels gets a fresh one
         )
     except (OSError, ValueError) as error:

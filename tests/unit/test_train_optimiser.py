@@ -13,6 +13,7 @@ class TinyEncoder(nn.Module):
         super().__init__()
         self.embeddings = nn.Embedding(5, 4)
         self.encoder = nn.Module()
+        self.encoder.relative_attention_bias = nn.Embedding(5, 2)
         self.encoder.layer = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         self.LayerNorm = nn.LayerNorm(4)
         self.classifier = nn.Linear(4, 3)
@@ -34,6 +35,7 @@ def test_every_parameter_is_in_one_group_with_its_rate() -> None:
     assert rate_of(groups, model.encoder.layer[1].weight) == (0.5, 0.1)
     assert rate_of(groups, model.encoder.layer[0].bias) == (0.25, 0.0)
     assert rate_of(groups, model.embeddings.weight) == (0.125, 0.1)
+    assert rate_of(groups, model.encoder.relative_attention_bias.weight) == (0.125, 0.1)
     assert rate_of(groups, model.LayerNorm.weight) == (0.9, 0.0)
 
 
