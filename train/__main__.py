@@ -18,6 +18,9 @@ from train.config import TrainConfig, load_config
 from train.data import Split, read_split
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from train.export import Exported
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -87,7 +90,7 @@ class _Job:
             tempfile.TemporaryDirectory(prefix="overtone-") as scratch,
         ):
             weights = Path(scratch) / "weights"
-            soft_labels = self._soft_labels(split, Path(scratch))
+            soft_labels = self._soft_labels(split)
             with ray_cluster(address), RunProgress(self.console) as progress:
                 self.console.print(f"run {name}, checkpoints in {storage}")
 
@@ -101,13 +104,11 @@ class _Job:
             tracker.metrics({"bundle_macro_recall": exported.scores.macro_recall}, best["step"])
             tracker.bundle(self.output)
 
-    def _soft_labels(self, split: Split, folder: Path) -> Path | None:
+    def _soft_labels(self, split: Split) -> "NDArray[np.float32] | None":
         teachers = self.config.distillation.teachers
         if not teachers:
             return None
         import random
-
-        import numpy as np
 
         from train.data import augment
         from train.distil import soft_labels
@@ -116,9 +117,8 @@ class _Job:
         # As the teachers were evaluated: a link tells them where a text is from, not what it says.
         texts = augment(split.train.texts, random.Random(0), drop_links=1.0, drop_mentions=0.0)
         with counted(self.console, "reading the training texts with the teachers") as progress:
-            found = soft_labels(teachers, split.train, texts, len(self.config.data.labels), progress)
-        np.save(folder / "soft_labels.npy", found)
-        return folder / "soft_labels.npy"
+            labels, precision = len(self.config.data.labels), self.config.model.precision
+            return soft_labels(teachers, split.train, texts, labels, progress, precision=precision)
 
     def _publish(self, weights: Path, split: Split, best: dict[str, Any]) -> "Exported":
         from train.publish import publish

@@ -6,7 +6,7 @@ people does not (Hinton et al. 2015, "Distilling the knowledge in a neural netwo
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,27 +24,39 @@ Progress = Callable[[int, int], None]
 
 
 def soft_labels(
-    teachers: Sequence[TeacherConfig], rows: LabelledTexts, texts: Sequence[str], labels: int, progress: Progress
+    teachers: Sequence[TeacherConfig],
+    rows: LabelledTexts,
+    texts: Sequence[str],
+    labels: int,
+    progress: Progress,
+    *,
+    precision: Literal["bf16", "fp32"] = "fp32",
 ) -> NDArray[np.float32]:
     """The mean probability of each label over `teachers`, float32 [texts, labels].
 
     `rows` are what the teachers were trained on, for the class prior that was left out of their logits; `texts` are
-    their texts as the teachers shall read them.
+    their texts as the teachers shall read them, with matrix products in `precision`, on a GPU where there is one.
 
     Raises:
         ConfigurationError: a teacher cannot be read or has other labels.
     """
-    prior = torch.from_numpy(log_prior(rows.labels, labels))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    products = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    prior = torch.from_numpy(log_prior(rows.labels, labels)).to(device)
     total = np.zeros((len(texts), labels), dtype=np.float64)
     for number, teacher in enumerate(teachers):
         model, tokenizer = _open(teacher, labels)
+        model.to(device)
         encoded = encoder_of(tokenizer, teacher.max_length)(texts)
         done = number * len(texts)
         for batch in _batches(encoded):
-            ids, mask = pad([encoded[row] for row in batch], tokenizer.pad_token_id)
-            with torch.inference_mode():
-                logits = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.float()
-            total[batch] += torch.softmax(logits + teacher.prior_tau * prior, dim=-1).double().numpy()
+            ids, mask = (
+                torch.from_numpy(part).to(device)
+                for part in pad([encoded[row] for row in batch], tokenizer.pad_token_id)
+            )
+            with torch.inference_mode(), products:
+                logits = model(input_ids=ids, attention_mask=mask).logits.float()
+            total[batch] += torch.softmax(logits + teacher.prior_tau * prior, dim=-1).double().cpu().numpy()
             done += len(batch)
             progress(done, len(teachers) * len(texts))
     return (total / len(teachers)).astype(np.float32)

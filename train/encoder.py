@@ -91,15 +91,17 @@ def open_classifier(config: ModelConfig, labels: Sequence[str]) -> Any:
         raise ConfigurationError(f"model.name={config.name}: the encoder cannot be read: {error}") from None
 
 
-def open_trained(weights: Path) -> tuple[Any, Any]:
-    """The model of the folder `weights`, ready to be traced for export, and its tokenizer."""
+def open_trained(weights: Path, *, attention: str | None = None) -> tuple[Any, Any]:
+    """The model of the folder `weights`, ready to classify, and its tokenizer.
+
+    `attention` names the kernel, as Transformers does; unset, the fastest that the encoder has.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     from train.pooling import classifier_class
 
     shape = AutoConfig.from_pretrained(weights)
-    # The fusions of the export know attention that is written out, not the fused kernel of torch.
-    model = classifier_class(shape).from_pretrained(weights, config=shape, attn_implementation="eager")
+    model = classifier_class(shape).from_pretrained(weights, config=shape, attn_implementation=attention)
     return model.eval(), AutoTokenizer.from_pretrained(weights)
 
 

@@ -66,7 +66,8 @@ def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split
     log = get_logger()
     validation = split.validation
     with tempfile.TemporaryDirectory(prefix="overtone-") as scratch:
-        model, tokenizer = open_trained(weights)
+        # The fusions below know attention that is written out, not the fused kernel of torch.
+        model, tokenizer = open_trained(weights, attention="eager")
         _offset_prior(model, split.train, config)
         plain, fused, small = (Path(scratch) / name for name in ("plain.onnx", "fused.onnx", "int8.onnx"))
         _to_onnx(model, plain)

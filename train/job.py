@@ -11,7 +11,9 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
@@ -38,8 +40,8 @@ class RunSpec:
     validation: Path
     storage: str
     """Folder or address where checkpoints go; on a cluster of several machines, one that all of them reach."""
-    soft_labels: Path | None = None
-    """File of the teachers' probabilities, which every worker must reach too."""
+    soft_labels: NDArray[np.float32] | None = None
+    """The teachers' probabilities, [training texts, labels]."""
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Pa
             "config": config.model_dump(mode="json"),
             "train": str(spec.train.resolve()),
             "validation": str(spec.validation.resolve()),
-            "soft_labels": str(spec.soft_labels.resolve()) if spec.soft_labels else None,
+            "soft_labels": spec.soft_labels,
         },
         scaling_config=_scaling(config.cluster),
         run_config=RunConfig(

@@ -30,11 +30,10 @@ _HEAD_SEED = 7
 
 def train_loop_per_worker(values: dict[str, Any]) -> None:
     """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `train` and `validation` (paths),
-    `soft_labels` (path of an array of probabilities [training texts, labels], or None)."""
+    `soft_labels` (probabilities, float32 [training texts, labels], or None)."""
     config = TrainConfig.model_validate(values["config"])
     split = read_split(Path(values["train"]), Path(values["validation"]), config.data.labels)
-    soft = np.load(values["soft_labels"]) if values["soft_labels"] else None
-    run = _Run(config, split, soft)
+    run = _Run(config, split, values["soft_labels"])
     run.resume(ray.train.get_checkpoint())
     for epoch in range(run.epoch, run.epochs):
         run.train_epoch(epoch)
