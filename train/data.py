@@ -29,6 +29,8 @@ class LabelledTexts:
     """Shape [texts]."""
     sha256: str = ""
     """Of the file they were read from."""
+    raw: tuple[str, ...] = ()
+    """The same texts before they were normalised; empty where nothing needs them."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -78,7 +80,7 @@ def read_labelled(path: Path, names: Sequence[str]) -> LabelledTexts:
         )
     rows = csv.reader(lines[1:], delimiter="\t", quoting=csv.QUOTE_NONE)
     index_of = {name: index for index, name in enumerate(names)}
-    texts, labels, problems = [], [], []
+    texts, raw_texts, labels, problems = [], [], [], []
     for number, row in enumerate(rows, start=2):
         if not row:
             continue
@@ -86,12 +88,14 @@ def read_labelled(path: Path, names: Sequence[str]) -> LabelledTexts:
         if problem:
             problems.append(f"line {number}: {problem}")
             continue
-        texts.append(normalise(row[header.index("text")]))
+        raw_texts.append(row[header.index("text")])
+        texts.append(normalise(raw_texts[-1]))
         labels.append(index_of[row[header.index("label")]])
     if problems:
         raise DataError(_report(path, problems))
     _require_classes(path, Counter(labels))
-    return LabelledTexts(tuple(texts), np.asarray(labels, dtype=np.int64), hashlib.sha256(raw).hexdigest())
+    digest = hashlib.sha256(raw).hexdigest()
+    return LabelledTexts(tuple(texts), np.asarray(labels, dtype=np.int64), digest, tuple(raw_texts))
 
 
 def _read_bytes(path: Path) -> bytes:
