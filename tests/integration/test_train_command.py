@@ -1,9 +1,9 @@
 """`python -m train` end to end: a tiny encoder, a made-up language of three moods, real Ray Train, a real bundle."""
 
 import json
-import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,51 +13,16 @@ import yaml
 from overtone.bundle import TextEncoder, load_bundle
 from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.settings import environment_for, load_settings
-from train.encoder import locate
 
 pytestmark = pytest.mark.timeout(240)
 
 ROOT = Path(__file__).parents[2]
-WORDS = {
-    "negative": ["awful", "hate", "worst", "sad", "broken"],
-    "neutral": ["table", "monday", "train", "paper", "river"],
-    "positive": ["love", "great", "best", "happy", "lovely"],
-}
-
-
-def make_encoder(folder: Path) -> None:
-    """Two layers, 32 wide, with fresh weights and the tokenizer of the offline encoder."""
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
-
-    tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
-    shape = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertForSequenceClassification(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def make_texts(path: Path, rows: int, seed: int) -> None:
-    rng = random.Random(seed)
-    lines = ["label\ttext"]
-    for number in range(rows):
-        label = list(WORDS)[number % 3]
-        words = rng.choices(WORDS[label], k=rng.randint(2, 6))
-        lines.append(f"{label}\t{' '.join(words)} {seed * 1000 + number} @someone")
-    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workshop(tmp_path_factory: pytest.TempPathFactory, make_moods: Callable[[Path, int], None]) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
-    make_encoder(folder / "encoder")
-    make_texts(folder / "train.tsv", 600, seed=1)
-    make_texts(folder / "validation.tsv", 60, seed=2)
+    make_moods(folder, 600)
     config = {
         "name": "moods",
         "model": {

@@ -1,0 +1,147 @@
+"""What becomes of a training run when its processes are killed, and when it is repeated."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from overtone.bundle import load_bundle
+from overtone.settings import environment_for, load_settings
+
+pytestmark = pytest.mark.timeout(300)
+
+ROOT = Path(__file__).parents[2]
+STEPS = 150  # 3 epochs of 800 texts in batches of 16
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, make_moods: Callable[[Path, int], None]) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    make_moods(folder, 800)
+    config = {
+        "name": "moods",
+        "model": {"name": str(folder / "encoder"), "max_length": 32, "precision": "fp32", "pooling": "mean"},
+        "optimiser": {"epochs": 3, "batch_size": 16, "learning_rate": 5e-3, "evaluations": 1},
+        "export": {"max_int8_loss": 0.05},
+    }
+    (folder / "moods.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+class Running:
+    """A training run in a process of its own, its output in a file."""
+
+    def __init__(self, workshop: Path, run: str, *extra: str) -> None:
+        self.output = workshop / f"bundle-{run}"
+        self.log = workshop / f"{run}.log"
+        self.checkpoints = workshop / "runs" / run
+        arguments = {
+            "--config": workshop / "moods.yaml",
+            "--train": workshop / "train.tsv",
+            "--validation": workshop / "validation.tsv",
+            "--output": self.output,
+            "--storage": workshop / "runs",
+            "--run-name": run,
+        }
+        home = str(workshop / "home")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "train", *(str(part) for pair in arguments.items() for part in pair), *extra],
+                cwd=ROOT,
+                env=environment_for(load_settings(), OVERTONE_HOME=home, HOME=home, LOG_FORMAT="json", COLUMNS="200"),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train, once they do."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "RayTrainWorker" in " ".join(child.cmdline()):
+                        found.append(child)
+        return found
+
+    def wait_for_checkpoint(self, seconds: float = 120) -> None:
+        """Return once an epoch has been trained and kept."""
+        end = time.monotonic() + seconds
+        while not (self.checkpoints / "checkpoint_manager_snapshot.json").exists():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < end, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def finish(self) -> str:
+        """Wait for the end and return what was printed."""
+        code = self.process.wait(timeout=200)
+        printed = self.log.read_text()
+        assert code == 0, printed[-3000:]
+        return printed
+
+
+@contextlib.contextmanager
+def run(workshop: Path, name: str, *extra: str) -> Iterator[Running]:
+    running = Running(workshop, name, *extra)
+    try:
+        yield running
+    finally:
+        left = [running.process] if running.process.poll() is None else []
+        for process in left:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+            process.kill()
+            process.wait()
+
+
+def last_step(printed: str) -> int:
+    return max(int(found) for found in re.findall(r"step (\d+)/", printed))
+
+
+def test_one_of_two_workers_killed(workshop: Path) -> None:
+    two = ["--set", "cluster.workers=2", "--set", "cluster.cpus_per_worker=1"]
+    with run(workshop, "killed", *two) as running:
+        running.wait_for_checkpoint()
+        victims = running.workers()
+        assert len(victims) == 2
+        os.kill(victims[0].pid, signal.SIGKILL)
+        printed = running.finish()
+
+    assert last_step(printed) == STEPS
+    metrics = load_bundle(running.output).metrics
+    assert metrics["validation"]["macro_recall"] > 0.9
+
+
+def test_a_killed_command_resumes_by_the_name_of_its_run(workshop: Path) -> None:
+    with run(workshop, "resumed") as first:
+        first.wait_for_checkpoint()
+        for process in (psutil.Process(first.process.pid), *psutil.Process(first.process.pid).children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        first.process.wait()
+
+    with run(workshop, "resumed") as second:
+        printed = second.finish()
+
+    steps = [int(found) for found in re.findall(r"step (\d+)/", printed)]
+    assert min(steps) > STEPS // 3, "the first epoch was trained again"
+    assert max(steps) == STEPS
+
+
+def test_the_same_seed_gives_the_same_bundle(workshop: Path) -> None:
+    versions = []
+    for name in ("once", "twice"):
+        with run(workshop, name, "--seed", "5") as running:
+            running.finish()
+        versions.append(load_bundle(running.output).version)
+
+    assert versions[0] == versions[1]
