@@ -24,6 +24,16 @@ class LabelScore:
 
 
 @dataclass(frozen=True)
+class ReliabilityBin:
+    """The texts whose confidence lies in one of equal ranges."""
+
+    confidence: float
+    """Mean."""
+    accuracy: float
+    texts: int
+
+
+@dataclass(frozen=True)
 class Scores:
     """What an evaluation found."""
 
@@ -71,11 +81,24 @@ def _label_score(confusion: NDArray[np.int64], index: int) -> LabelScore:
 
 def calibration_error(probabilities: NDArray[np.float32], truth: NDArray[np.int64], bins: int = 15) -> float:
     """Expected calibration error over `bins` equal bins of the confidence, 0 (calibrated) to 1."""
+    found = reliability(probabilities, truth, bins)
+    return sum(abs(one.confidence - one.accuracy) * one.texts for one in found) / len(truth)
+
+
+def reliability(
+    probabilities: NDArray[np.float32], truth: NDArray[np.int64], bins: int = 15
+) -> tuple[ReliabilityBin, ...]:
+    """Confidence against accuracy in `bins` equal bins of the confidence; empty bins are left out."""
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == truth
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(which, weights=confidence - correct, minlength=bins)
-    return float(np.abs(gaps).sum() / len(truth))
+    texts = np.bincount(which, minlength=bins)
+    sums = np.bincount(which, weights=confidence, minlength=bins), np.bincount(which, weights=correct, minlength=bins)
+    return tuple(
+        ReliabilityBin(float(sure / count), float(right / count), int(count))
+        for sure, right, count in zip(*sums, texts, strict=True)
+        if count
+    )
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], truth: NDArray[np.int64], temperature: float) -> float:
