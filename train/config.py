@@ -36,6 +36,10 @@ class ModelConfig(Section):
     classifier_dropout: float = Field(0.1, ge=0, lt=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the matrix products; the weights themselves stay fp32."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time in the backward pass instead of keeping its results: less memory, more time."""
+    compile: bool = False
+    """Compile the model with torch.compile before the first step; pays on a GPU in runs of many minutes."""
 
 
 class DataConfig(Section):
@@ -58,6 +62,8 @@ class OptimiserConfig(Section):
     """Stop after this many steps; the schedule is fitted to them. Unset: run all epochs."""
     batch_size: int = Field(32, ge=1, le=4096)
     """Texts a step, over all workers."""
+    accumulate: int = Field(1, ge=1, le=1024)
+    """Parts a worker's share of a batch is computed in, one after the other: less memory for the same step."""
     learning_rate: float = Field(8e-5, gt=0, le=1)
     """Peak learning rate; each layer gets `layer_decay` times its upper neighbour's, the topmost that of this."""
     head_learning_rate: float | None = Field(None, gt=0, le=1)
@@ -77,6 +83,8 @@ class OptimiserConfig(Section):
     """Steps between two updates of that average."""
     evaluations: int = Field(2, ge=1)
     """Evaluations an epoch; the last is at its end, with the checkpoint."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many epochs in a row without a better macro-averaged recall. Unset: run all epochs."""
     seed: int = Field(0, ge=0, lt=2**32)
 
 
@@ -155,8 +163,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batch_feeds_every_worker(self) -> "TrainConfig":
-        if self.optimiser.batch_size < self.cluster.workers:
-            raise ValueError("optimiser.batch_size must be at least cluster.workers")
+        if self.optimiser.batch_size < self.cluster.workers * self.optimiser.accumulate:
+            raise ValueError("optimiser.batch_size must be at least cluster.workers x optimiser.accumulate")
         return self
 
 

@@ -1,6 +1,5 @@
 """The pretrained encoder a run starts from, and its tokenizer."""
 
-import logging
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,10 +65,11 @@ def open_classifier(config: ModelConfig, labels: Sequence[str]) -> Any:
         ConfigurationError: the encoder cannot be read.
     """
     from transformers import AutoConfig
+    from transformers.utils import logging
 
     from train.pooling import classifier_class
 
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    logging.set_verbosity_error()  # it warns of the fresh head that is meant to be fresh
     folder = locate(config.name)
     try:
         shape = AutoConfig.from_pretrained(

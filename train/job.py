@@ -24,7 +24,8 @@ from overtone.errors import EnvironmentProblemError, OvertoneError
 from overtone.logging import get_logger
 from overtone.settings import set_default_environment
 from train.config import ClusterConfig, TrainConfig
-from train.loop import WEIGHTS, train_loop_per_worker
+from train.loop import WEIGHTS
+from train.worker import train_loop_per_worker
 
 Follow = Callable[[dict[str, Any]], None]
 """Takes the metrics of one report of the first worker."""

@@ -1,20 +1,21 @@
-"""The training loop: what every Ray Train worker runs, from top to bottom."""
+"""The training loop: what every worker runs, from top to bottom, whoever started it."""
 
+import contextlib
 import random
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
-import ray.train.torch
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from train.config import TrainConfig
-from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, read_split, share_of
+from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, share_of
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
 from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups
 from train.scores import score, softmax
@@ -28,15 +29,22 @@ _EVALUATION_TOKENS = 8192
 _HEAD_SEED = 7
 
 
-def train_loop_per_worker(values: dict[str, Any]) -> None:
-    """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `train` and `validation` (paths),
-    `soft_labels` (probabilities, float32 [training texts, labels], or None)."""
-    config = TrainConfig.model_validate(values["config"])
-    split = read_split(Path(values["train"]), Path(values["validation"]), config.data.labels)
-    run = _Run(config, split, values["soft_labels"])
-    run.resume(ray.train.get_checkpoint())
-    for epoch in range(run.epoch, run.epochs):
-        run.train_epoch(epoch)
+@dataclass(frozen=True)
+class Place:
+    """Where one worker stands among the others, what it computes on, and whom it tells."""
+
+    rank: int
+    world: int
+    device: torch.device
+    report: Callable[[dict[str, Any], Path | None], None]
+    """Takes metrics and, at the end of an epoch, the folder of a checkpoint, which is gone when it returns."""
+    prepare: Callable[[nn.Module], nn.Module]
+    """Makes a model one that shares its gradients with the other workers."""
+
+
+def alone(report: Callable[[dict[str, Any], Path | None], None]) -> Place:
+    """The place of the only worker, in this process, on the CPU."""
+    return Place(0, 1, torch.device("cpu"), report, lambda model: model)
 
 
 @dataclass
@@ -47,17 +55,28 @@ class _Progress:
     step: int = 0
     seconds: float = 0.0
     """Time spent in finished sessions of the run."""
+    best: float = 0.0
+    """Highest macro-averaged recall at the end of an epoch."""
+    stale: int = 0
+    """Epochs since that one."""
+
+    def end_epoch(self, epoch: int, macro_recall: float) -> None:
+        """Count an epoch as finished."""
+        self.epoch = epoch + 1
+        self.stale = 0 if macro_recall > self.best else self.stale + 1
+        self.best = max(self.best, macro_recall)
 
 
-class _Run:
-    """One worker's share of a run: the model, what changes it, and the counters."""
+class Run:
+    """One worker's share of a run: the model, what changes it, and the counters.
 
-    def __init__(self, config: TrainConfig, split: Split, soft: NDArray[np.float32] | None) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+    `soft` holds the teachers' probabilities, float32 [training texts, labels], if there are any.
+    """
+
+    def __init__(self, config: TrainConfig, split: Split, soft: NDArray[np.float32] | None, place: Place) -> None:
+        self.rank, self.world, self.device, self.report = place.rank, place.world, place.device, place.report
         self.config, self.split, self.soft = config, split, soft
         self.settings = config.optimiser
-        self.device = ray.train.torch.get_device()
         self.progress = _Progress()
         self.started = time.monotonic()
 
@@ -66,9 +85,12 @@ class _Run:
         self.tokenizer = open_tokenizer(config.model)
         self.encode: Encode = encoder_of(self.tokenizer, config.model.max_length)
         self.bare = open_classifier(config.model, config.data.labels).to(self.device)
-        torch.manual_seed(self.settings.seed + self.rank)
         self.average = make_average(self.bare, self.settings)
-        self.model = ray.train.torch.prepare_model(self.bare, move_to_device=False)
+        if config.model.gradient_checkpointing:
+            self.bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = place.prepare(self.bare)
+        if config.model.compile:
+            self.model.compile(dynamic=True)
 
         batches = -(-len(split.train) // self.settings.batch_size)
         self.steps = min(batches * self.settings.epochs, self.settings.max_steps or batches * self.settings.epochs)
@@ -80,14 +102,25 @@ class _Run:
         prior = torch.from_numpy(log_prior(split.train.labels, len(config.data.labels))).to(self.device)
         self.loss = make_loss(self.settings, prior, config.distillation.weight)
 
-    @property
-    def epoch(self) -> int:
-        """The first epoch that is not finished."""
-        return self.progress.epoch
+    def train(self) -> None:
+        """Every epoch that is not finished, or until the figures stop getting better."""
+        for epoch in range(self.progress.epoch, self.epochs):
+            if self.settings.patience and self._stale() >= self.settings.patience:
+                break
+            self.train_epoch(epoch)
+
+    def _stale(self) -> int:
+        """Epochs without a better figure, as the first worker, which evaluates, has counted them."""
+        counted = torch.tensor(self.progress.stale, device=self.device)
+        if self.world > 1:
+            torch.distributed.broadcast(counted, src=0)
+        return int(counted)
 
     def train_epoch(self, epoch: int) -> None:
         """Every batch of the epoch once; evaluations on the way and a checkpoint at the end."""
         rng = random.Random(f"{self.settings.seed}/{epoch}")
+        # Dropout of an epoch does not depend on those before it, so a resumed run is the unbroken one.
+        torch.manual_seed(random.Random(f"{self.settings.seed}/{epoch}/{self.rank}").getrandbits(63))
         data = self.config.data
         texts = augment(self.split.train.texts, rng, drop_links=data.drop_links, drop_mentions=data.drop_mentions)
         rows = self.encode(texts)
@@ -102,19 +135,22 @@ class _Run:
             if last or self._evaluation_is_due(number, len(batches)):
                 self._evaluate_and_report(epoch, watch, checkpoint=last)
             elif number % _REPORT_EVERY_STEPS == 0:
-                ray.train.report(self._metrics(watch))
+                self.report(self._metrics(watch), None)
 
     def _evaluation_is_due(self, number: int, batches: int) -> bool:
         # Not right before the one that ends the epoch.
         return number % self.evaluate_every == 0 and batches - number >= self.evaluate_every // 2
 
     def _step(self, rows: list[list[int]], batch: list[int]) -> torch.Tensor:
-        with self._autocast():
-            logits = self.model(**self._inputs(rows)).logits
-        labels = torch.from_numpy(self.split.train.labels[batch]).to(self.device)
-        soft = torch.from_numpy(self.soft[batch]).to(self.device) if self.soft is not None else None
-        loss = self.loss(logits, labels, soft)
-        loss.backward()
+        total = torch.zeros((), device=self.device)
+        parts = min(self.settings.accumulate, len(batch))
+        for part in range(parts):
+            chosen = slice(part, None, parts)
+            # Workers exchange their gradients once a step, with the last part.
+            with self._quiet() if part < parts - 1 else contextlib.nullcontext():
+                loss = self._loss(rows[chosen], batch[chosen]) * (len(batch[chosen]) / len(batch))
+                loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.bare.parameters(), self.settings.clip_norm)
         self.optimiser.step()
         self.schedule.step()
@@ -122,7 +158,18 @@ class _Run:
         self.progress.step += 1
         if self.average is not None and self.progress.step % self.settings.ema_every == 0:
             self.average.update_parameters(self.bare)
-        return loss.detach()
+        return total
+
+    def _loss(self, rows: list[list[int]], batch: list[int]) -> torch.Tensor:
+        with self._autocast():
+            logits = self.model(**self._inputs(rows)).logits
+        labels = torch.from_numpy(self.split.train.labels[batch]).to(self.device)
+        soft = torch.from_numpy(self.soft[batch]).to(self.device) if self.soft is not None else None
+        return self.loss(logits, labels, soft)
+
+    def _quiet(self) -> contextlib.AbstractContextManager[None]:
+        no_sync = getattr(self.model, "no_sync", None)
+        return no_sync() if no_sync else contextlib.nullcontext()
 
     def _inputs(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         ids, mask = pad(rows, self.tokenizer.pad_token_id)
@@ -159,19 +206,19 @@ class _Run:
         metrics = self._metrics(watch)
         # Every worker must report as often as the others; the first one does the work and its figures count.
         if self.rank != 0:
-            ray.train.report(metrics)
+            self.report(metrics, None)
             return
         weights = self._weights()
         logits = self._logits(weights, self.split.validation)
         found = score(softmax(logits), self.split.validation.labels, self.config.data.labels)
         metrics |= {"macro_recall": found.macro_recall, "macro_f1": found.macro_f1, "accuracy": found.accuracy}
-        self.progress.epoch = epoch + 1 if checkpoint else epoch
         if not checkpoint:
-            ray.train.report(metrics)
+            self.report(metrics, None)
         else:
+            self.progress.end_epoch(epoch, found.macro_recall)
             with tempfile.TemporaryDirectory() as folder:
                 self._save(Path(folder), weights)
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+                self.report(metrics, Path(folder))
         watch.restart()
 
     def _weights(self) -> Any:
@@ -202,24 +249,19 @@ class _Run:
             "average": self.average.state_dict() if self.average is not None else None,
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "epoch": self.progress.epoch,
-            "step": self.progress.step,
-            "seconds": self.seconds(),
+            "progress": asdict(self.progress) | {"seconds": self.seconds()},
         }
         torch.save(state, folder / STATE)
 
-    def resume(self, checkpoint: ray.train.Checkpoint | None) -> None:
-        """Continue from `checkpoint`, if there is one: same weights, moments, schedule and counters."""
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / STATE, map_location=self.device, weights_only=True)
+    def resume(self, folder: Path) -> None:
+        """Continue from the checkpoint in `folder`: same weights, moments, schedule and counters."""
+        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
         self.bare.load_state_dict(state["model"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
-        self.progress = _Progress(state["epoch"], state["step"], state["seconds"])
+        self.progress = _Progress(**state["progress"])
 
 
 class _Watch:
