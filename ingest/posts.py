@@ -6,6 +6,7 @@ None of it is a real post: every name, handle and sentence is invented.
 import csv
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,9 @@ Mood = Literal["positive", "negative", "neutral"]
 
 _MOODS: tuple[Mood, ...] = ("positive", "negative", "neutral")
 _SHORT_TEXT_CHARS = 280
+
+AUTHORS = 10_000
+"""How many authors posts have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,10 @@ class PostSource(Protocol):
         """The draft number `index`."""
         ...
 
+    def author(self, index: int) -> int:
+        """The author of the draft number `index`, without making it."""
+        ...
+
 
 class Generator:
     """Believable English posts of mixed mood, length and decoration; equal seeds give equal posts."""
@@ -71,7 +79,11 @@ class Generator:
         is_reply = dice.random() < 0.12
         if is_reply:
             text = f"{dice.choice(self._phrases['names'])} {text}"
-        return Draft(text=text, author=dice.randrange(10_000), is_reply=is_reply)
+        return Draft(text=text, author=self.author(index), is_reply=is_reply)
+
+    def author(self, index: int) -> int:
+        """See `PostSource.author`."""
+        return zlib.crc32(b"%d:%d" % (self._seed, index)) % AUTHORS
 
     def _pool(self, dice: random.Random, mood: Mood, number: int) -> list[str]:
         if number == 0:
@@ -128,7 +140,11 @@ class FilePosts:
     def draft(self, index: int) -> Draft:
         """The text number `index`, counting on from the start of the file after its end."""
         text = self._texts[index % len(self._texts)]
-        return Draft(text=text, author=index % 10_000, is_reply=text.startswith("@"))
+        return Draft(text=text, author=self.author(index), is_reply=text.startswith("@"))
+
+    def author(self, index: int) -> int:
+        """See `PostSource.author`."""
+        return index % AUTHORS
 
 
 def open_posts(path: Path | None, seed: int) -> PostSource:

@@ -1,5 +1,6 @@
 """The simulator's stream rules: adding, deleting and listing them with the X API's answers and refusals."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -8,6 +9,9 @@ from typing import Any
 MAX_RULES = 1_000
 MAX_RULE_CHARS = 1_024
 _PROBLEMS = "https://api.x.com/2/problems/"
+
+
+Predicate = Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,11 @@ class Rule:
 class Rulebook:
     """The active rules. Their syntax is checked only as far as length, quotes and brackets go."""
 
-    def __init__(self) -> None:
+    def __init__(self, parse: Callable[[str], Predicate] | None = None) -> None:
+        """With `parse` rules are evaluated, and those that it cannot read (ValueError) are refused."""
         self._rules: dict[str, Rule] = {}
+        self._parse = parse
+        self._predicates: dict[str, Predicate] = {}
         self._numbers = count(1)
 
     @property
@@ -45,8 +52,14 @@ class Rulebook:
         shown: dict[str, Any] = {"data": [rule.shown() for rule in self.rules]} if self._rules else {}
         return {**shown, "meta": {"sent": _now(), "result_count": len(self._rules)}}
 
-    def change(self, body: Any, *, dry_run: bool) -> tuple[int, dict[str, Any]]:
+    def matches(self, rule: Rule, subject: Any) -> bool:
+        """Whether `rule`, one of `rules`, matches `subject`. Only with `parse`."""
+        return self._predicates[rule.value](subject)
+
+    def change(self, body: Any, *, dry_run: bool = False, delete_all: bool = False) -> tuple[int, dict[str, Any]]:
         """Status and answer to POST rules."""
+        if delete_all:
+            body = {"delete": {"ids": list(self._rules)}}
         if not isinstance(body, dict) or ("add" in body) == ("delete" in body):
             return 400, _invalid_request("The body must hold exactly one of `add` and `delete`.")
         before = dict(self._rules)
@@ -102,6 +115,11 @@ class Rulebook:
             return _problem("UnprocessableEntity", "invalid-rules", f"A rule has 1 to {MAX_RULE_CHARS} characters.")
         if value.count('"') % 2 or value.count("(") != value.count(")"):
             return _problem("UnprocessableEntity", "invalid-rules", "Quotes and brackets must come in pairs.")
+        try:
+            if self._parse is not None:
+                self._predicates[value] = self._parse(value)
+        except ValueError as error:
+            return _problem("UnprocessableEntity", "invalid-rules", f"The rule cannot be read: {error}.")
         return None
 
 

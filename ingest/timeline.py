@@ -7,6 +7,7 @@ is asked of its source again whenever it is sent.
 import json
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,8 @@ from overtone.schema import datetime_to_snowflake, snowflake_to_datetime
 _LONGEST_CATCH_UP_S = 10.0
 _MINUTE_OF_IDS = 60_000 << 22
 _FIRST_AUTHOR_ID = 1_500_000_000
+_WITH_PLACE = 20
+"""One author in so many says where posts were made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +84,33 @@ class Timeline:
         """The kept ids above `since_id`, ascending."""
         return self._ids[bisect_right(self._ids, since_id) :].tolist()
 
-    def search(self, *, since_id: int | None, until_id: int | None, max_results: int) -> Page:
-        """The newest posts with since_id < id < until_id."""
+    def search(
+        self,
+        *,
+        since_id: int | None,
+        until_id: int | None,
+        max_results: int,
+        accepts: Callable[[int], bool] | None = None,
+    ) -> Page:
+        """The newest posts with since_id < id < until_id, of those whose position `accepts` lets through."""
         low = 0 if since_id is None else bisect_right(self._ids, since_id)
-        high = len(self._ids) if until_id is None else bisect_left(self._ids, until_id)
-        first = max(low, high - max_results)
-        positions = tuple(self._forgotten + offset for offset in range(high - 1, first - 1, -1))
-        return Page(positions, self._ids[first] if first > low and positions else None)
+        offset = len(self._ids) if until_id is None else bisect_left(self._ids, until_id)
+        found: list[int] = []
+        while offset > low and len(found) < max_results:
+            offset -= 1
+            if accepts is None or accepts(self._forgotten + offset):
+                found.append(self._forgotten + offset)
+        return Page(tuple(found), self._ids[offset] if offset > low and found else None)
+
+    def position_of(self, post_id: int) -> int | None:
+        """Where the post with this id stands; None for one that is not kept."""
+        offset = bisect_left(self._ids, post_id)
+        is_there = offset < len(self._ids) and self._ids[offset] == post_id
+        return self._forgotten + offset if is_there else None
+
+    def position_at(self, instant: datetime) -> int:
+        """The position of the first kept post made at `instant` or after it."""
+        return self._forgotten + bisect_left(self._ids, datetime_to_snowflake(instant))
 
     def post_id(self, position: int) -> int:
         """The id of the post at `position`."""
@@ -119,6 +142,16 @@ class Timeline:
         self._ids.append(self._last_id)
 
 
+def author_id_of(author: int) -> int:
+    """The id of the author with this number."""
+    return _FIRST_AUTHOR_ID + author
+
+
+def author_of(author_id: int) -> int:
+    """The number of the author with this id."""
+    return author_id - _FIRST_AUTHOR_ID
+
+
 def to_line(message: dict[str, Any]) -> bytes:
     """`message` as one line of the stream. Escapes whatever is not ASCII, so that any string can be sent."""
     return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\r\n"
@@ -139,6 +172,8 @@ def _optional(post_id: int, draft: Draft) -> dict[str, Any]:
         "possibly_sensitive": False,
         "public_metrics": {"retweet_count": 0, "reply_count": 0, "like_count": 0, "quote_count": 0},
     }
+    if draft.author % _WITH_PLACE == 0:
+        fields["geo"] = {"place_id": f"{draft.author:016x}"}
     if draft.is_long:
         fields["note_tweet"] = {"text": draft.text}
     if draft.is_reply:

@@ -192,6 +192,30 @@ def doctor(
     return run_doctor(Console(), as_json=as_json, bench=bench)
 
 
+@app.command()
+def simulate(
+    scenario: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="YAML scenario: options, and faults with their moments.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port on loopback.")] = 8300,
+    rate: Annotated[float | None, typer.Option(help="Posts a second [default: the scenario's, or 50].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Publish this many posts, then only keep-alives.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the posts and the faults [default: the scenario's, or 0].")
+    ] = None,
+    posts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to send, .jsonl, .tsv or .csv, over and over.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what the scenario will do, and when.")] = False,
+) -> int:
+    """Speak the X API on this machine, with faults on purpose: try a configuration without paying for posts."""
+    from overtone.cli.simulate import SimulateOptions
+    from overtone.cli.simulate import simulate as run_simulate
+
+    wanted = SimulateOptions(port, scenario, rate, limit, seed, posts)
+    return run_simulate(_settings(), wanted, Console(), only_checks=check)
+
+
 @database.command("upgrade")
 def database_upgrade() -> int:
     """Bring the tables to the version this program needs."""
