@@ -102,6 +102,18 @@ async def existing(connection: Connection) -> set[str]:
     return {str(row["relname"]) for row in rows}
 
 
+async def detached(connection: Connection, table: str) -> list[str]:
+    """The names of the partitions of `table` that were detached and not dropped, oldest first."""
+    rows = await connection.fetch(
+        "SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = $1 AND c.relkind = 'r' AND c.relname ~ $2"
+        " AND NOT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid) ORDER BY c.relname",
+        SCHEMA,
+        rf"^{table}_\d{{4}}_\d{{2}}$",
+    )
+    return [str(row["relname"]) for row in rows]
+
+
 async def _make(connection: Connection, table: str, name: str, ids: tuple[int, int]) -> None:
     # CREATE TABLE ... PARTITION OF would lock out every reader of the parent; attaching does not.
     await connection.execute(

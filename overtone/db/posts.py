@@ -1,4 +1,4 @@
-"""Writing posts exactly once, erasing them, and the ledgers beside them: cursor, gaps, dead letters."""
+"""Writing posts exactly once, and the ledgers beside them: cursor, gaps, dead letters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +11,11 @@ from overtone.db.database import Connection, Database
 from overtone.db.partitions import ensure_months, is_plausible
 from overtone.db.payload import is_int64, json_text, raw_of
 from overtone.db.queries import query
+from overtone.db.tombstones import keep_out_erasures
 from overtone.errors import FencedError
 from overtone.logging import get_logger
 from overtone.schema import Post, datetime_to_snowflake
 from overtone.text import storable
-
-ERASURE_LOCK = 0x6F76_7274_6572_6173
-"""Advisory lock: shared by every transaction that writes posts or predictions, exclusive for one that erases."""
 
 _TAG_SEPARATOR = "\x1f"
 _POISON = (asyncpg.DataError, asyncpg.ProgramLimitExceededError, ValueError)
@@ -85,13 +83,6 @@ async def write_posts(db: Database, posts: Sequence[Post], *, stream: str, epoch
         db.known_months.clear()
         await ensure_months(db, (row[0] for row in batch.rows))
         return await _write(db, batch, stream, epoch)
-
-
-async def delete_posts(db: Database, post_ids: Sequence[int], *, reason: str) -> int:
-    """Erase posts with their predictions, feedback and dead letters, leave tombstones; return how many were stored."""
-    async with db.transaction() as connection:
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", ERASURE_LOCK)
-        return int(await connection.fetchval(query("delete_posts"), list(post_ids), reason))
 
 
 async def unclassified(
@@ -225,7 +216,7 @@ async def _write(db: Database, batch: _Batch, stream: str, epoch: int | None) ->
 
 async def _transact(db: Database, batch: _Batch, stream: str, epoch: int | None, *, careful: bool) -> int:
     async with db.transaction() as connection:
-        await connection.execute("SELECT pg_advisory_xact_lock_shared($1)", ERASURE_LOCK)
+        await keep_out_erasures(connection)
         rejected = list(batch.rejected)
         if careful:
             stored = await _insert_around_poison(connection, batch, batch.rows, stream, rejected)

@@ -8,8 +8,8 @@ import asyncpg
 
 from overtone.db.database import Database
 from overtone.db.payload import json_text
-from overtone.db.posts import ERASURE_LOCK
 from overtone.db.queries import query
+from overtone.db.tombstones import keep_out_erasures
 from overtone.schema import LABELS, Prediction
 from overtone.text import storable
 
@@ -86,7 +86,7 @@ async def write_predictions(db: Database, rows: Sequence[tuple[int, Prediction]]
     ordered = sorted(rows, key=lambda row: (row[0], row[1].model_version))
     ids = [post_id for post_id, _ in ordered]
     async with db.transaction() as connection:
-        await connection.execute("SELECT pg_advisory_xact_lock_shared($1)", ERASURE_LOCK)
+        await keep_out_erasures(connection)
         stored = await connection.fetch(
             query("write_predictions"),
             ids,

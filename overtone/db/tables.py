@@ -111,6 +111,15 @@ deleted_posts = Table(
     comment="Tombstones: posts that must not come back through a replay, a backfill or a late prediction.",
 )
 
+deleted_authors = Table(
+    "deleted_authors",
+    metadata,
+    Column("author_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("reason", Text, nullable=False),
+    _instant("deleted_at", default_now=True),
+    comment="Tombstones: authors of whom no post may be stored.",
+)
+
 stream_cursor = Table(
     "stream_cursor",
     metadata,

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overtone.db import Database
+from overtone.db.erasure import erase_posts
 from overtone.db.partitions import ensure_partitions, month_of, partition_name
 from overtone.db.posts import (
     claim_stream,
     close_gap,
     cursor,
-    delete_posts,
     list_gaps,
     open_gap,
     unclassified,
@@ -130,7 +130,8 @@ async def test_erased_posts_do_not_come_back(fresh_database: Database) -> None:
     await write_posts(fresh_database, [kept, gone], stream="s")
     await write_predictions(fresh_database, [(kept.post_id, prediction()), (gone.post_id, prediction())])
     await write_dead_letter(fresh_database, b"raw", "unreadable", post_id=gone.post_id)
-    assert await delete_posts(fresh_database, [gone.post_id, 12345], reason="deleted by its author") == 1
+    removed = await erase_posts(fresh_database, [gone.post_id, 12345], reason="deleted by its author")
+    assert (removed.posts, removed.predictions, removed.dead_letters) == (1, 1, 1)
 
     assert await write_posts(fresh_database, [gone, post(12345)], stream="s") == 0
     assert await write_predictions(fresh_database, [(gone.post_id, prediction(version="tiny-2"))]) == 0
@@ -150,8 +151,8 @@ async def test_erasing_while_others_write_leaves_nothing_behind(fresh_database: 
         await write_posts(fresh_database, posts[part::4], stream="s")
         await write_predictions(fresh_database, predictions[part::4])
 
-    await asyncio.gather(*(write(part) for part in range(4)), delete_posts(fresh_database, ids, reason="test"))
-    await delete_posts(fresh_database, ids[:100], reason="test")
+    await asyncio.gather(*(write(part) for part in range(4)), erase_posts(fresh_database, ids, reason="test"))
+    await erase_posts(fresh_database, ids[:100], reason="test")
     left = await rows(
         fresh_database,
         "SELECT post_id FROM overtone.posts JOIN overtone.deleted_posts USING (post_id)"

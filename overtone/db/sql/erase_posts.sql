@@ -9,9 +9,9 @@ WITH ids AS (
     DELETE FROM overtone.predictions USING ids
     WHERE predictions.post_id = ids.post_id RETURNING predictions.stored_at, predictions.label
 ), gone_feedback AS (
-    DELETE FROM overtone.feedback USING ids WHERE feedback.post_id = ids.post_id
+    DELETE FROM overtone.feedback USING ids WHERE feedback.post_id = ids.post_id RETURNING 1
 ), gone_letters AS (
-    DELETE FROM overtone.dead_letters USING ids WHERE dead_letters.post_id = ids.post_id
+    DELETE FROM overtone.dead_letters USING ids WHERE dead_letters.post_id = ids.post_id RETURNING 1
 ), lost AS (
     SELECT 'posts' AS kind, date_trunc('minute', stored_at, 'UTC') AS minute, '' AS label FROM gone_posts
     UNION ALL
@@ -24,4 +24,8 @@ WITH ids AS (
     UPDATE overtone.tallies t SET count = t.count - c.count
     FROM changes c WHERE t.kind = c.kind AND t.minute = c.minute AND t.label = c.label
 )
-SELECT count(*) FROM gone_posts
+SELECT
+    (SELECT count(*) FROM gone_posts) AS posts,
+    (SELECT count(*) FROM gone_predictions) AS predictions,
+    (SELECT count(*) FROM gone_feedback) AS feedback,
+    (SELECT count(*) FROM gone_letters) AS dead_letters
