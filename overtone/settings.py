@@ -89,6 +89,18 @@ class Settings(BaseSettings):
         None, description="redis:// address of what replicas share: the counts of rate limits. Unset: in process."
     )
 
+    # --- erasure
+    erasure_signing_key: SecretStr | None = Field(
+        None,
+        description="Ed25519 key that signs erasure receipts: 32 bytes in base64. Unset: OVERTONE_HOME/erasure_key,"
+        " made when first needed.",
+    )
+    erasure_folders: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (),
+        description="More folders whose files hold posts, comma-separated: erasures look through them, as through"
+        " OVERTONE_HOME/snapshots and OVERTONE_HOME/jobs.",
+    )
+
     # --- tracking of training runs
     mlflow_tracking_uri: str | None = Field(
         None, description="MLflow server or store where training runs are recorded. Unset: runs are not recorded."
@@ -260,9 +272,9 @@ class Settings(BaseSettings):
             raise ValueError("needs JWT_ISSUER and JWT_AUDIENCE beside it")
         return value
 
-    @field_validator("jwt_algorithms", mode="before")
+    @field_validator("jwt_algorithms", "erasure_folders", mode="before")
     @classmethod
-    def _split_algorithms(cls, value: object) -> object:
+    def _split_words(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("cors_origins", mode="before")
