@@ -22,7 +22,12 @@ _LINES_OUT = (
     '{"label": "positive", "confidence": 0.98, "scores": {...}, "model_version": "..."}\n'
     '{"error": {"status": 422, ...}, "line": 2}\n'
 )
-_NAMES = {"name": "overtone", "version": "default-0123abcd"}
+_NAMES = {
+    "name": "overtone",
+    "version": "default-0123abcd",
+    "post_id": "1780000000000000000",
+    "author_id": "1500000042",
+}
 _PACKED = {
     "name": "Content-Encoding",
     "in": "header",
@@ -203,6 +208,21 @@ ROUTES = (
         answer=wire.Stats,
         problems=(422, *_GUARDED),
         query=(_MINUTES, _NEWEST),
+    ),
+    *(
+        Route(
+            "DELETE",
+            f"/{kind}s/{{{kind}_id}}",
+            f"erase_{kind}",
+            "stored",
+            summary,
+            answer=wire.Receipt,
+            problems=(422, *_GUARDED),
+        )
+        for kind, summary in (
+            ("post", "Erase a post and its edits, for good; needs the scope admin"),
+            ("author", "Erase an author's posts, and store none of theirs again; needs the scope admin"),
+        )
     ),
     Route(
         "GET",

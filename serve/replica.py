@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from overtone import logging
 from overtone.engine import open_engine
+from overtone.erasure import open_eraser
 from overtone.errors import BundleError, ConfigurationError, EngineError
 from overtone.metrics import forget_dead_processes
 from overtone.settings import Settings, load_settings
@@ -58,7 +59,9 @@ class Replica:
             self._settings.limit_texts_per_minute,
             self._settings.limit_texts_per_day,
         )
-        self._store = Store(_database_url(self._settings), default=allowance)
+        self._store = Store(
+            _database_url(self._settings), default=allowance, eraser_for=partial(open_eraser, self._settings)
+        )
         self._keys = KeyRing(self._store)
         self._quotas = Quotas(_redis_url(self._settings))
         self._tokens = open_tokens(self._settings, allowance or None)

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
 
+from overtone.erasure import Kind
 from serve.auth import Gate
 from serve.classifier import Classifier
 from serve.tracing import Tracing
@@ -28,6 +29,7 @@ class Records(Protocol):
     async def create_session(self, key_id: str, until: datetime | None = None) -> str | None: ...
     async def end_session(self, session_id: str) -> None: ...
     async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]: ...
+    async def erase(self, kind: Kind, number: int, *, actor: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)

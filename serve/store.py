@@ -8,7 +8,8 @@ from typing import Any
 from overtone.db import keys
 from overtone.db.database import Database
 from overtone.db.predictions import stats
-from overtone.errors import ConfigurationError, DatabaseUnavailableError
+from overtone.erasure import Eraser, Kind
+from overtone.errors import ConfigurationError, DatabaseUnavailableError, UnavailableError
 from overtone.logging import get_logger
 from serve.auth import Identity
 from serve.quotas import Allowance
@@ -17,11 +18,19 @@ from serve.quotas import Allowance
 class Store:
     """One database, which may be away at the start and at any time after."""
 
-    def __init__(self, url: str | None, *, max_connections: int = 4, default: Allowance | None = None) -> None:
+    def __init__(
+        self,
+        url: str | None,
+        *,
+        max_connections: int = 4,
+        default: Allowance | None = None,
+        eraser_for: Callable[[Database], Eraser] | None = None,
+    ) -> None:
         """Nothing is connected yet. Without `url` every call raises `DatabaseUnavailableError`.
 
-        `default` holds the limits of keys that set none of their own.
+        `default` holds the limits of keys that set none of their own. Without `eraser_for` nothing can be erased.
         """
+        self._eraser_for = eraser_for
         self._url = url
         self._default = default or Allowance()
         self._max_connections = max_connections
@@ -72,6 +81,12 @@ class Store:
             "model_version": found.model_version,
             "source": found.source,
         }
+
+    async def erase(self, kind: Kind, number: int, *, actor: str) -> dict[str, Any]:
+        """Erase a post or an author everywhere and return the receipt; see `overtone.erasure`."""
+        if self._eraser_for is None:
+            raise UnavailableError("Erasure is not configured here.")
+        return await self._eraser_for(await self._open()).erase(kind, number, actor=actor)
 
     async def close(self) -> None:
         """Close the connections."""

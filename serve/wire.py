@@ -345,3 +345,28 @@ class Models(BaseModel):
     champion: ServedBundle
     challenger: Challenger | None
     refused: list[RefusedBundle]
+
+
+class Erasure(BaseModel):
+    """What was erased; the signature of a receipt is over this object."""
+
+    version: int
+    receipt_id: str
+    kind: Literal["post", "author"]
+    id: Annotated[str, Field(description="Of the post or author.")]
+    reason: str
+    actor: Annotated[str, Field(description="The key that asked.")]
+    asked_at: datetime
+    removed: Annotated[dict[str, int], Field(description="Rows removed, by table, and lines of files.")]
+    posts: Annotated[dict[str, int | str], Field(description="How many, and SHA-256 of their sorted ids, one a line.")]
+    left: Annotated[dict[str, int], Field(description="Rows found by a look after the erasure, by table.")]
+    done_at: datetime
+
+
+class Receipt(BaseModel):
+    """An erasure and the signature that proves it."""
+
+    body: Erasure
+    algorithm: Literal["Ed25519"]
+    public_key: Annotated[str, Field(description="32 bytes in base64.")]
+    signature: Annotated[str, Field(description="Of `body` as JSON with sorted keys and without spaces; base64.")]

@@ -11,6 +11,7 @@ from overtone import __version__
 
 if TYPE_CHECKING:
     from overtone.cli.up import UpOptions
+    from overtone.erasure import Kind
 
 app = typer.Typer(
     name="overtone",
@@ -27,6 +28,10 @@ app.add_typer(keys, name="keys")
 audit = typer.Typer(help="What administrators did.", no_args_is_help=True)
 app.add_typer(audit, name="audit")
 
+erasure = typer.Typer(help="Erase posts and authors for good, with a receipt.", no_args_is_help=True)
+app.add_typer(erasure, name="erase")
+exports = typer.Typer(help="What is stored about one author.", no_args_is_help=True)
+app.add_typer(exports, name="export")
 models = typer.Typer(help="The bundles that are served, and a challenger on trial.", no_args_is_help=True)
 app.add_typer(models, name="models")
 
@@ -333,6 +338,65 @@ def models_list(as_json: AsJson = False) -> int:
     from overtone.cli.models import list_models
 
     return list_models(_settings(), Console(), as_json=as_json)
+
+PostId = Annotated[int, typer.Argument(metavar="ID", help="Id of the post.")]
+AuthorId = Annotated[int, typer.Argument(metavar="ID", help="Id of the author.")]
+Preview = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
+ReceiptFile = Annotated[Path | None, typer.Option("--receipt", metavar="FILE", help="Write the receipt there.")]
+Sure = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@erasure.command("post")
+def erase_post(
+    post: PostId, dry_run: Preview = False, receipt: ReceiptFile = None, yes: Sure = False, as_json: AsJson = False
+) -> int:
+    """Erase a post and its edits from every table and file, and keep it away."""
+    return _erase("post", post, dry_run=dry_run, receipt=receipt, is_sure=yes, as_json=as_json)
+
+
+@erasure.command("author")
+def erase_author(
+    author: AuthorId, dry_run: Preview = False, receipt: ReceiptFile = None, yes: Sure = False, as_json: AsJson = False
+) -> int:
+    """Erase all posts of an author from every table and file, and store none of theirs again."""
+    return _erase("author", author, dry_run=dry_run, receipt=receipt, is_sure=yes, as_json=as_json)
+
+
+def _erase(kind: "Kind", number: int, *, dry_run: bool, receipt: Path | None, is_sure: bool, as_json: bool) -> int:
+    from overtone.cli import erase
+
+    if dry_run:
+        return erase.preview(_settings(), kind, number, Console(), as_json=as_json)
+    erase.confirm(kind, is_sure)
+    return erase.erase(_settings(), kind, number, Console(), receipt_file=receipt, as_json=as_json)
+
+
+@erasure.command("verify")
+def erase_verify(
+    receipt: Annotated[Path, typer.Argument(metavar="RECEIPT", help="File with the receipt.")],
+    public_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Trust this public key, in base64 [default: this installation's].")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say whether a receipt is whole and signed by this installation."""
+    from overtone.cli.erase import check_receipt
+
+    return check_receipt(_settings(), receipt, Console(), trusted=public_key, as_json=as_json)
+
+
+@exports.command("author")
+def export_author(
+    author: AuthorId,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="A new file [default: standard output].")
+    ] = None,
+) -> int:
+    """Write all posts of an author with their predictions and corrections, one JSON object a line."""
+    from overtone.cli.erase import export_author as run_export
+
+    return run_export(_settings(), author, output, Console())
+
 
 
 @models.command("promote")
