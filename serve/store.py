@@ -1,7 +1,7 @@
 """The database as the API needs it: keys, sessions and figures, connected when first needed."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
