@@ -2,6 +2,7 @@
 
     OvertoneError
     ├── ConfigurationError        a setting, file or flag is wrong; the process must not start
+    │   └── ManifestError         a Kubernetes manifest breaks a rule
     ├── InvalidInputError         the caller's data breaks a documented limit
     │   ├── MalformedError        the body cannot be parsed at all
     │   ├── TooLargeError         the body, batch or text is over its limit
@@ -23,6 +24,14 @@
     │   ├── StreamFatalError      trying again cannot help (401, 403, spend cap)
     │   ├── StreamThrottledError  a 429; `retry_after_s` says how long
     │   └── FencedError           a later leader has taken over the stream; this one must stop
+    ├── ClusterError              the Kubernetes API refused; the message says what it said
+    │   ├── ClusterForbiddenError no credentials, or no right to do this
+    │   ├── ClusterQuotaError     the namespace's quota is used up
+    │   ├── MissingKindError      the cluster does not know a kind: an operator is not installed
+    │   ├── ClusterConflictError  another writer owns what this would change
+    │   ├── ClusterUnavailableError  the Kubernetes API does not answer
+    │   ├── ClusterTimeoutError   what was waited for did not come in time
+    │   └── RolloutError          the new version failed
     └── EnvironmentProblemError   this machine lacks something; the message says how to mend it
 
 Every class has a stable `code`, says whether trying again can help (`retryable`) and survives pickling, because
@@ -60,6 +69,12 @@ class ConfigurationError(OvertoneError):
     """A setting is wrong."""
 
     code = "configuration"
+
+
+class ManifestError(ConfigurationError):
+    """A manifest breaks a rule."""
+
+    code = "manifest"
 
 
 class InvalidInputError(OvertoneError):
@@ -203,6 +218,55 @@ class FencedError(StreamError):
 
     code = "fenced"
     retryable = False
+
+
+class ClusterError(OvertoneError):
+    """The Kubernetes API refused the request."""
+
+    code = "cluster"
+
+
+class ClusterForbiddenError(ClusterError):
+    """The Kubernetes API does not allow this to the account in use."""
+
+    code = "cluster_forbidden"
+
+
+class ClusterQuotaError(ClusterError):
+    """The quota of the namespace is used up."""
+
+    code = "cluster_quota"
+
+
+class MissingKindError(ClusterError):
+    """The cluster does not know this kind of object."""
+
+    code = "cluster_missing_kind"
+
+
+class ClusterConflictError(ClusterError):
+    """Another writer owns what this would change."""
+
+    code = "cluster_conflict"
+
+
+class ClusterUnavailableError(ClusterError):
+    """The Kubernetes API does not answer."""
+
+    code = "cluster_unavailable"
+    retryable = True
+
+
+class ClusterTimeoutError(ClusterError):
+    """What was waited for did not come in time."""
+
+    code = "cluster_timeout"
+
+
+class RolloutError(ClusterError):
+    """The new version failed."""
+
+    code = "rollout_failed"
 
 
 class EnvironmentProblemError(OvertoneError):

@@ -27,6 +27,7 @@ class ServeArgs(BaseModel):
     replicas: int | None = Field(None, ge=1, le=1024, description="Default: SERVE_REPLICAS, or one a core, at most 8.")
     threads: int = Field(1, ge=1, le=256, description="Engine threads a replica.")
     gpus: float = Field(0, ge=0, le=16, description="GPUs a replica, which Ray hides from it otherwise; 0.5 is half.")
+    pool: str | None = Field(None, description="Replicas run on nodes whose label `pool` is this. Default: on any.")
     min_replicas: int | None = Field(None, ge=1, le=1024, description="With max_replicas: replicas come with the work.")
     max_replicas: int | None = Field(None, ge=1, le=1024)
     scale_up_delay_s: float = Field(5.0, ge=0, le=3600, description="How long more replicas must be needed.")
@@ -76,7 +77,12 @@ def build(args: ServeArgs) -> Application:
         user_config=args.live.model_dump(),
         # The batcher is the queue and refuses by itself; Serve's own limit only guards its memory.
         max_ongoing_requests=10_000,
-        ray_actor_options={"num_cpus": args.threads, "num_gpus": args.gpus, "runtime_env": {"env_vars": variables}},
+        ray_actor_options={
+            "num_cpus": args.threads,
+            "num_gpus": args.gpus,
+            "runtime_env": {"env_vars": variables},
+            **({"label_selector": {"pool": args.pool}} if args.pool else {}),
+        },
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.2,

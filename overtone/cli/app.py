@@ -269,6 +269,21 @@ def keys_create(
     return create(_settings(), wanted, Console(), as_json=as_json)
 
 
+@keys.command("import")
+def keys_import(
+    name: Annotated[str, typer.Option(help="What or who the key is for.")] = "imported",
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="predict, read, feedback or admin; may be repeated [default: predict and read]."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Make the secret in OVERTONE_API_KEY a valid key, for deployments that choose it beforehand."""
+    from overtone.cli.keys import import_key
+
+    return import_key(_settings(), name, tuple(scope or ("predict", "read")), Console(), as_json=as_json)
+
+
 @keys.command("list")
 def keys_list(
     with_ended: Annotated[bool, typer.Option("--all", help="Show revoked and expired keys too.")] = False,

@@ -21,6 +21,11 @@ EXIT_CODES: Mapping[type[errors.OvertoneError], int] = {
     errors.EngineError: 9,
     errors.DataError: 10,
     errors.StreamError: 11,
+    errors.ClusterError: 12,
+    errors.ClusterForbiddenError: 4,
+    errors.ClusterUnavailableError: 6,
+    errors.ClusterTimeoutError: 13,
+    errors.RolloutError: 14,
 }
 """The exit code of each class of error, or of the nearest class above it. Typer's own usage errors are 2 too."""
 

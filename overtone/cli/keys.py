@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 _UNITS = {"requests_per_minute": "requests/min", "texts_per_minute": "texts/min", "texts_per_day": "texts/day"}
 _COLOURS = {"active": "green", "expired": "yellow", "revoked": "red"}
 _MAX_NAME_CHARS = 100
+_LEAST_SECRET = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,26 @@ def create(settings: Settings, wanted: NewKey, console: Console, *, as_json: boo
         return 0
     console.print(f"Made the key [bold]{key_id}[/] ({escape(wanted.name)}): {', '.join(scopes)}.", highlight=False)
     _print_secret(console, secret)
+    return 0
+
+
+def import_key(settings: Settings, name: str, scopes: tuple[str, ...], console: Console, *, as_json: bool) -> int:
+    """Make the secret in OVERTONE_API_KEY a valid key; one that is known already is left as it is.
+
+    Raises:
+        ConfigurationError: OVERTONE_API_KEY is not set or too short, or a scope is not known.
+    """
+    secret = settings.overtone_api_key.get_secret_value() if settings.overtone_api_key else ""
+    if len(secret) < _LEAST_SECRET:
+        raise ConfigurationError(f"OVERTONE_API_KEY must be set, to {_LEAST_SECRET} characters or more.")
+    unknown = sorted(set(scopes) - set(keys.SCOPES))
+    if unknown:
+        raise ConfigurationError(f"{', '.join(unknown)}: not one of {', '.join(keys.SCOPES)}.")
+    key_id = _with_database(settings, lambda db: keys.import_key(db, name, secret, scopes))
+    if as_json:
+        _print_json(console, {"key_id": key_id})
+        return 0
+    console.print(f"The secret in OVERTONE_API_KEY is that of the key [bold]{key_id}[/].", highlight=False)
     return 0
 
 

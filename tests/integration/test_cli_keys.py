@@ -19,9 +19,9 @@ from overtone.errors import ConfigurationError, NotFoundError
 class Shell:
     """Runs commands on one database and one home."""
 
-    def __init__(self, url: str, home: Path) -> None:
+    def __init__(self, url: str, home: Path, **extra: str) -> None:
         self.home = home
-        self._runner = CliRunner(env={"DATABASE_URL": url, "OVERTONE_HOME": str(home), "COLUMNS": "300"})
+        self._runner = CliRunner(env={"DATABASE_URL": url, "OVERTONE_HOME": str(home), "COLUMNS": "300", **extra})
 
     def __call__(self, *arguments: str, answer: str | None = None) -> str:
         result = self._runner.invoke(app, list(arguments), input=answer, standalone_mode=False)
@@ -115,3 +115,13 @@ def test_two_keys_of_one_name_are_told_apart_by_id(shell: Shell) -> None:
         shell("keys", "create", "--name", "twin")
     with pytest.raises(ConfigurationError, match="2 keys"):
         shell("keys", "rotate", "twin")
+
+
+def test_a_secret_chosen_beforehand_becomes_a_key(fresh_postgres_url: str, tmp_path: Path) -> None:
+    chosen = Shell(fresh_postgres_url, tmp_path, OVERTONE_API_KEY="chosen-before-the-tables-were-there")
+    first = chosen.json("keys", "import", "--name", "ingest", "--scope", "predict")
+    assert chosen.json("keys", "import", "--name", "ingest") == first
+    (found,) = chosen.json("keys", "list")
+    assert (found["key_id"], found["name"], found["scopes"]) == (first["key_id"], "ingest", ["predict"])
+    with pytest.raises(ConfigurationError, match="20 characters"):
+        Shell(fresh_postgres_url, tmp_path, OVERTONE_API_KEY="short")("keys", "import")
