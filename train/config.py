@@ -112,6 +112,10 @@ class ClusterConfig(Section):
 
     workers: int = Field(1, ge=1, le=1024)
     """Training workers; each takes its share of every batch."""
+    max_workers: int | None = Field(None, ge=1, le=1024)
+    """With it the run is elastic: it starts with `workers` and grows up to this many as the cluster has room."""
+    sharding: Literal["replicate", "shard"] = "replicate"
+    """`shard` divides weights, gradients and moments among the workers (FSDP2), for encoders too large for one."""
     gpu: bool | None = None
     """One GPU a worker. Unset: when the cluster has enough of them."""
     cpus_per_worker: float | None = Field(None, gt=0)
@@ -163,8 +167,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batch_feeds_every_worker(self) -> "TrainConfig":
-        if self.optimiser.batch_size < self.cluster.workers * self.optimiser.accumulate:
-            raise ValueError("optimiser.batch_size must be at least cluster.workers x optimiser.accumulate")
+        cluster = self.cluster
+        if cluster.max_workers is not None and cluster.max_workers < cluster.workers:
+            raise ValueError("cluster.max_workers must be at least cluster.workers")
+        if self.optimiser.batch_size < (cluster.max_workers or cluster.workers) * self.optimiser.accumulate:
+            raise ValueError("optimiser.batch_size must be at least the most workers x optimiser.accumulate")
+        if cluster.sharding == "shard" and self.optimiser.ema_decay:
+            raise ValueError("optimiser.ema_decay does not go with cluster.sharding=shard; set it to 0")
         return self
 
 

@@ -128,9 +128,12 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Pa
 
 def _scaling(cluster: ClusterConfig) -> ScalingConfig:
     resources = ray.cluster_resources()
+    most = cluster.max_workers or cluster.workers
     gpu = cluster.gpu if cluster.gpu is not None else resources.get("GPU", 0) >= cluster.workers
-    cpus = cluster.cpus_per_worker or max(resources.get("CPU", 1) // cluster.workers, 1)
-    return ScalingConfig(num_workers=cluster.workers, use_gpu=gpu, resources_per_worker={"CPU": cpus})
+    cpus = cluster.cpus_per_worker or max(resources.get("CPU", 1) // most, 1)
+    # Its annotation is that of the older class and knows no bounds.
+    workers: Any = (cluster.workers, most) if cluster.max_workers else cluster.workers
+    return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus})
 
 
 def _take_best(result: Any, weights: Path) -> dict[str, Any]:

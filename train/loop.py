@@ -1,6 +1,7 @@
 """The training loop: what every worker runs, from top to bottom, whoever started it."""
 
 import contextlib
+import copy
 import random
 import tempfile
 import time
@@ -14,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from overtone.errors import ConfigurationError
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, share_of
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
 from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups
 from train.scores import score, softmax
+from train.sharding import put_back, whole_moments, whole_weights
 
 WEIGHTS = "weights"
 """Folder of a checkpoint with the weights to evaluate and export, in Hugging Face form, and the tokenizer."""
@@ -40,6 +43,8 @@ class Place:
     """Takes metrics and, at the end of an epoch, the folder of a checkpoint, which is gone when it returns."""
     prepare: Callable[[nn.Module], nn.Module]
     """Makes a model one that shares its gradients with the other workers."""
+    sharded: bool = False
+    """Whether `prepare` divides the weights among the workers (`train.sharding`)."""
 
 
 def alone(report: Callable[[dict[str, Any], Path | None], None]) -> Place:
@@ -75,6 +80,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, split: Split, soft: NDArray[np.float32] | None, place: Place) -> None:
         self.rank, self.world, self.device, self.report = place.rank, place.world, place.device, place.report
+        self.sharded = place.sharded
         self.config, self.split, self.soft = config, split, soft
         self.settings = config.optimiser
         self.progress = _Progress()
@@ -85,6 +91,8 @@ class Run:
         self.tokenizer = open_tokenizer(config.model)
         self.encode: Encode = encoder_of(self.tokenizer, config.model.max_length)
         self.bare = open_classifier(config.model, config.data.labels).to(self.device)
+        # Evaluated and saved by the first worker in place of the divided model.
+        self.twin = copy.deepcopy(self.bare) if self.sharded and self.rank == 0 else None
         self.average = make_average(self.bare, self.settings)
         if config.model.gradient_checkpointing:
             self.bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -204,11 +212,12 @@ class Run:
 
     def _evaluate_and_report(self, epoch: int, watch: "_Watch", *, checkpoint: bool) -> None:
         metrics = self._metrics(watch)
+        weights = self._weights()
+        moments = self._moments() if checkpoint else {}
         # Every worker must report as often as the others; the first one does the work and its figures count.
         if self.rank != 0:
             self.report(metrics, None)
             return
-        weights = self._weights()
         logits = self._logits(weights, self.split.validation)
         found = score(softmax(logits), self.split.validation.labels, self.config.data.labels)
         metrics |= {"macro_recall": found.macro_recall, "macro_f1": found.macro_f1, "accuracy": found.accuracy}
@@ -217,11 +226,17 @@ class Run:
         else:
             self.progress.end_epoch(epoch, found.macro_recall)
             with tempfile.TemporaryDirectory() as folder:
-                self._save(Path(folder), weights)
+                self._save(Path(folder), weights, moments)
                 self.report(metrics, Path(folder))
         watch.restart()
 
     def _weights(self) -> Any:
+        """The model to evaluate and save; with sharding, all workers take part and the first one gets it."""
+        if self.sharded:
+            whole = whole_weights(self.bare)
+            if self.twin is not None:
+                self.twin.load_state_dict(whole)
+            return self.twin
         averaged = self.average is not None and int(self.average.n_averaged) > 0
         return self.average.module if averaged and self.average is not None else self.bare
 
@@ -241,25 +256,38 @@ class Run:
         model.train(training)
         return logits
 
-    def _save(self, folder: Path, weights: Any) -> None:
+    def _moments(self) -> dict[str, Any]:
+        return whole_moments(self.bare, self.optimiser) if self.sharded else self.optimiser.state_dict()
+
+    def _save(self, folder: Path, weights: Any, moments: dict[str, Any]) -> None:
         weights.save_pretrained(folder / WEIGHTS)
         self.tokenizer.save_pretrained(folder / WEIGHTS)
         state = {
-            "model": self.bare.state_dict(),
+            "model": (self.twin if self.twin is not None else self.bare).state_dict(),
+            "sharded": self.sharded,
             "average": self.average.state_dict() if self.average is not None else None,
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": moments,
             "schedule": self.schedule.state_dict(),
             "progress": asdict(self.progress) | {"seconds": self.seconds()},
         }
         torch.save(state, folder / STATE)
 
     def resume(self, folder: Path) -> None:
-        """Continue from the checkpoint in `folder`: same weights, moments, schedule and counters."""
+        """Continue from the checkpoint in `folder`: same weights, moments, schedule and counters.
+
+        Raises:
+            ConfigurationError: the checkpoint is of a run with another `cluster.sharding`.
+        """
         state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        self.bare.load_state_dict(state["model"])
+        if state["sharded"] != self.sharded:
+            raise ConfigurationError("a run cannot be resumed with another cluster.sharding; give it another name")
+        if self.sharded:
+            put_back(self.bare, self.optimiser, state["model"], state["optimiser"])
+        else:
+            self.bare.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.progress = _Progress(**state["progress"])
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+from torch import nn
 
 from train.config import TrainConfig
 from train.data import read_split
 from train.loop import Place, Run
+from train.sharding import shard
 
 
 def train_loop_per_worker(values: dict[str, Any]) -> None:
@@ -17,13 +19,16 @@ def train_loop_per_worker(values: dict[str, Any]) -> None:
     context = ray.train.get_context()
     config = TrainConfig.model_validate(values["config"])
     split = read_split(Path(values["train"]), Path(values["validation"]), config.data.labels)
-    place = Place(
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
-        device=ray.train.torch.get_device(),
-        report=_report,
-        prepare=lambda model: ray.train.torch.prepare_model(model, move_to_device=False),
-    )
+    world, device = context.get_world_size(), ray.train.torch.get_device()
+    sharded = config.cluster.sharding == "shard"
+
+    def prepare(model: nn.Module) -> nn.Module:
+        if sharded:
+            return shard(model, device.type, world)
+        prepared: nn.Module = ray.train.torch.prepare_model(model, move_to_device=False)
+        return prepared
+
+    place = Place(context.get_world_rank(), world, device, _report, prepare, sharded=sharded)
     run = Run(config, split, values["soft_labels"], place)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:

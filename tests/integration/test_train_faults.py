@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -107,9 +108,15 @@ def last_step(printed: str) -> int:
     return max(int(found) for found in re.findall(r"step (\d+)/", printed))
 
 
-def test_one_of_two_workers_killed(workshop: Path) -> None:
-    two = ["--set", "cluster.workers=2", "--set", "cluster.cpus_per_worker=1"]
-    with run(workshop, "killed", *two) as running:
+@pytest.mark.parametrize(
+    "cluster", [{"workers": 2}, {"workers": 1, "max_workers": 2}, {"workers": 2, "sharding": "shard"}]
+)
+def test_one_of_two_workers_killed(workshop: Path, cluster: dict[str, Any]) -> None:
+    name = "-".join(map(str, ("killed", *cluster.values())))
+    values = {"cpus_per_worker": 1, **cluster}
+    with run(
+        workshop, name, *(part for key, value in values.items() for part in ("--set", f"cluster.{key}={value}"))
+    ) as running:
         running.wait_for_checkpoint()
         victims = running.workers()
         assert len(victims) == 2
