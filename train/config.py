@@ -95,6 +95,8 @@ class TeacherConfig(Section):
     """Folder `weights` of a checkpoint."""
     prior_tau: float = Field(0.0, ge=0)
     """The `optimiser.prior_tau` it was trained with."""
+    weight: float = Field(1.0, gt=0)
+    """How much its probabilities count beside the other teachers'."""
     max_length: int = Field(128, ge=8, le=512)
 
 
@@ -102,7 +104,7 @@ class DistillationConfig(Section):
     """Learning from teachers beside the labels."""
 
     teachers: tuple[TeacherConfig, ...] = ()
-    """Their probabilities are averaged. None: labels alone."""
+    """The weighted mean of their probabilities is learned from. None: labels alone."""
     weight: float = Field(0.7, ge=0, le=1)
     """Share of the loss that is against the teachers' probabilities."""
 

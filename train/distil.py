@@ -32,7 +32,7 @@ def soft_labels(
     *,
     precision: Literal["bf16", "fp32"] = "fp32",
 ) -> NDArray[np.float32]:
-    """The mean probability of each label over `teachers`, float32 [texts, labels].
+    """The weighted mean probability of each label over `teachers`, float32 [texts, labels].
 
     `rows` are what the teachers were trained on, for the class prior that was left out of their logits; `texts` are
     their texts as the teachers shall read them, with matrix products in `precision`, on a GPU where there is one.
@@ -56,10 +56,11 @@ def soft_labels(
             )
             with torch.inference_mode(), products:
                 logits = model(input_ids=ids, attention_mask=mask).logits.float()
-            total[batch] += torch.softmax(logits + teacher.prior_tau * prior, dim=-1).double().cpu().numpy()
+            probabilities = torch.softmax(logits + teacher.prior_tau * prior, dim=-1).double().cpu().numpy()
+            total[batch] += teacher.weight * probabilities
             done += len(batch)
             progress(done, len(teachers) * len(texts))
-    return (total / len(teachers)).astype(np.float32)
+    return (total / sum(teacher.weight for teacher in teachers)).astype(np.float32)
 
 
 def _open(teacher: TeacherConfig, labels: int) -> tuple[Any, Any]:

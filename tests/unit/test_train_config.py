@@ -25,7 +25,10 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "train").glob("*.yaml")), ids=lambda path: path.name)
+RUNS = [path for path in sorted((ROOT / "configs" / "train").glob("*.yaml")) if path.name != "gate.yaml"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_the_files_we_ship_are_valid(path: Path, settings: Settings) -> None:
     assert load_config(path, settings).name == path.stem
 

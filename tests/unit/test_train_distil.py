@@ -61,6 +61,16 @@ def test_the_prior_that_a_teacher_left_out_comes_back(teachers: list[Path]) -> N
     np.testing.assert_allclose(adjusted, weighed / weighed.sum(axis=1, keepdims=True), rtol=1e-4)
 
 
+def test_a_teacher_counts_by_its_weight(teachers: list[Path]) -> None:
+    configs = [
+        TeacherConfig(weights=str(folder), weight=weight) for folder, weight in zip(teachers, (3, 1), strict=True)
+    ]
+    weighed = soft_labels(configs, ROWS, TEXTS, 3, lambda done, total: None)
+
+    expected = 0.75 * said(teachers[:1], TEXTS) + 0.25 * said(teachers[1:], TEXTS)
+    np.testing.assert_allclose(weighed, expected, rtol=1e-5)
+
+
 def test_progress_is_told_up_to_the_end(teachers: list[Path]) -> None:
     told: list[tuple[int, int]] = []
     configs = [TeacherConfig(weights=str(folder)) for folder in teachers]
