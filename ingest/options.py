@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -84,6 +84,22 @@ class RepairOptions(_Options):
     """How far back the very first start fetches. Each post fetched from X is billed."""
 
 
+class ComplianceOptions(_Options):
+    """How posts that were deleted, hidden or withheld at X are found."""
+
+    mode: Literal["off", "sweep", "stream"] = "sweep"
+    """`sweep` asks about all stored posts by batch jobs, `stream` follows the compliance streams (Enterprise)."""
+    sweep_every_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = 86_400.0
+    ids_per_job: int = Field(100_000, ge=1, le=1_000_000)
+    poll_s: Seconds = 30.0
+    """How often a job is looked at."""
+    job_timeout_s: Seconds = 21_600.0
+    partitions: int = Field(4, ge=1, le=4)
+    """Of each compliance stream."""
+    flush_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """How long events are gathered before they are done together."""
+
+
 class IngestOptions(_Options):
     """Everything above together."""
 
@@ -97,6 +113,7 @@ class IngestOptions(_Options):
     write: WriteOptions = WriteOptions()
     classify: ClassifyOptions = ClassifyOptions()
     repair: RepairOptions = RepairOptions()
+    compliance: ComplianceOptions = ComplianceOptions()
     drain_s: Annotated[float, Field(ge=0, le=600)] = 10.0
     """How long a stop waits for posts already received to be stored and classified."""
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ingest.api import XApi
 from ingest.classify import Classifier
+from ingest.compliance import ComplianceKeeper
 from ingest.options import IngestOptions, is_loopback
 from ingest.predict import client_for
 from ingest.repair import Repairer
@@ -20,6 +21,7 @@ from ingest.stream import Inbox, StreamSupervisor
 from ingest.waiting import until_it_works
 from overtone.db.database import Database
 from overtone.db.posts import claim_stream
+from overtone.erasure import open_eraser
 from overtone.errors import ConfigurationError, OvertoneError, StreamError, StreamFatalError
 from overtone.logging import get_logger
 from overtone.schema import Post
@@ -132,7 +134,20 @@ class Pipeline:
             api, self._token, rules=options.rules, fields=fields, options=options.stream
         )
         writer = Writer(self._inbox, store, self._repairer, stream=self.source, options=options.write)
-        parts = [classifier.run(), writer.run(), self._repairer.run(), self._supervisor.run(self._inbox)]
+        compliance = ComplianceKeeper(
+            self._settings.x_api_base_url,
+            self._token,
+            open_eraser(self._settings, db),
+            source=self.source,
+            options=options.compliance,
+        )
+        parts = [
+            compliance.run(),
+            classifier.run(),
+            writer.run(),
+            self._repairer.run(),
+            self._supervisor.run(self._inbox),
+        ]
 
         async def drain() -> None:
             await writer.finish()

@@ -7,9 +7,10 @@ again goes on.
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from overtone.db.audit import record_audit
 from overtone.db.database import Database
-from overtone.db.erasure import Removed, count_of, erase_letters, erase_posts, posts_of, versions_of
+from overtone.db.erasure import BATCH_POSTS, Removed, count_of, erase_letters, erase_posts, posts_of, versions_of
 from overtone.db.tombstones import bury_authors
 from overtone.erasure_files import erase_from_folder
 from overtone.errors import InvalidInputError
@@ -42,11 +43,23 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Erased:
+    """What an erasure removed."""
+
+    rows: Removed
+    lines: int
+    """Of files."""
+    post_ids: tuple[int, ...]
+    """Those that have tombstones now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Eraser:
     """Erases from one database and from the files of one home."""
 
     db: Database
-    key: Ed25519PrivateKey
+    key_for: Callable[[], Ed25519PrivateKey]
+    """Reads the key that signs receipts; asked only for an erasure that gives one."""
     folders: Sequence[Path] = ()
     """Files under them are looked through."""
 
@@ -55,24 +68,15 @@ class Eraser:
 
         Raises:
             InvalidInputError: `number` can be nobody's id.
+            ConfigurationError: the signing key cannot be used; nothing is erased.
             DatabaseUnavailableError: not all is erased; call again.
         """
         require_id(kind, number)
-        asked_at = datetime.now(UTC)
-        if kind == "author":
-            await bury_authors(self.db, [number], reason=reason)
-        removed, post_ids = Removed(), list[int]()
-        batch = [number] if kind == "post" else await posts_of(self.db, number)
+        asked_at, key = datetime.now(UTC), self.key_for()
         if kind == "post":
-            batch = await versions_of(self.db, number)
-        while batch:
-            removed += await erase_posts(self.db, batch, reason=reason)
-            post_ids += batch
-            batch = await posts_of(self.db, number) if kind == "author" else []
-        authors = [number] if kind == "author" else []
-        letters = await erase_letters(self.db, [*post_ids, *authors])
-        removed += Removed(dead_letters=letters)
-        lines = await asyncio.to_thread(self._erase_files, post_ids, authors)
+            done = await self.remove(await versions_of(self.db, number), (), reason=reason)
+        else:
+            done = await self.remove((), [number], reason=reason)
         receipt_id = str(uuid4())
         body = {
             "version": 1,
@@ -82,28 +86,43 @@ class Eraser:
             "reason": reason,
             "actor": actor,
             "asked_at": asked_at.isoformat(),
-            "removed": {**asdict(removed), "lines_of_files": lines},
-            "posts": {"count": len(post_ids), "sha256": digest_of(post_ids)},
+            "removed": {**asdict(done.rows), "lines_of_files": done.lines},
+            "posts": {"count": len(done.post_ids), "sha256": digest_of(done.post_ids)},
             "left": asdict((await stored_of(self.db, kind, number)).rows),
             "done_at": datetime.now(UTC).isoformat(),
         }
-        receipt = sign(body, self.key)
+        receipt = sign(body, key)
         async with self.db.transaction() as connection:
-            detail = {"posts": len(post_ids), "reason": reason, "signature": receipt["signature"]}
+            detail = {"posts": len(done.post_ids), "reason": reason, "signature": receipt["signature"]}
             await record_audit(connection, actor, f"{kind}.erased", receipt_id, detail)
         return receipt
+
+    async def remove(self, post_ids: Sequence[int], author_ids: Sequence[int], *, reason: str) -> Erased:
+        """Erase posts, and authors with all their posts, without a receipt.
+
+        Raises:
+            DatabaseUnavailableError: not all is erased; call again.
+        """
+        await bury_authors(self.db, author_ids, reason=reason)
+        removed, erased = Removed(), list[int]()
+        for start in range(0, len(post_ids), BATCH_POSTS):
+            removed += await erase_posts(self.db, post_ids[start : start + BATCH_POSTS], reason=reason)
+            erased += post_ids[start : start + BATCH_POSTS]
+        for author_id in author_ids:
+            while batch := await posts_of(self.db, author_id):
+                removed += await erase_posts(self.db, batch, reason=reason)
+                erased += batch
+        removed += Removed(dead_letters=await erase_letters(self.db, [*erased, *author_ids]))
+        lines = await asyncio.to_thread(self._erase_files, erased, author_ids)
+        return Erased(removed, lines, tuple(erased))
 
     def _erase_files(self, post_ids: Sequence[int], author_ids: Sequence[int]) -> int:
         return sum(erase_from_folder(folder, post_ids, author_ids) for folder in self.folders)
 
 
 def open_eraser(settings: Settings, db: Database) -> Eraser:
-    """The eraser of the installation that `settings` describe.
-
-    Raises:
-        ConfigurationError: the signing key cannot be used.
-    """
-    return Eraser(db, signing_key(settings), erasable_folders(settings))
+    """The eraser of the installation that `settings` describe."""
+    return Eraser(db, partial(signing_key, settings), erasable_folders(settings))
 
 
 def erasable_folders(settings: Settings) -> tuple[Path, ...]:

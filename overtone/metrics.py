@@ -62,6 +62,9 @@ STREAM_CONNECTS = Counter("overtone_ingest_stream_connects_total", "Connection a
 WRITE_SECONDS = Histogram(
     "overtone_ingest_write_seconds", "Time of one write transaction.", ["table"], buckets=_SECONDS
 )
+COMPLIANCE_ACTIONS = Counter(
+    "overtone_ingest_compliance_actions_total", "What X asked to remove or to let back.", ["kind"]
+)
 STREAM_LAG_SECONDS = Gauge(
     "overtone_ingest_lag_seconds", "Age of the newest post when it was stored.", multiprocess_mode="livemax"
 )

@@ -121,6 +121,16 @@ async def scrub_places(db: Database, author_ids: Sequence[int], *, up_to_post_id
     return len(rows)
 
 
+async def scrub_posts(db: Database, post_ids: Sequence[int]) -> None:
+    """Take the places out of what is stored of these posts."""
+    async with db.transaction() as connection:
+        await connection.execute(
+            "UPDATE overtone.posts SET payload = payload #- '{data,geo}' #- '{includes,places}'"
+            " WHERE post_id = ANY($1)",
+            list(post_ids),
+        )
+
+
 async def everything_of(db: Database, author_id: int) -> AsyncIterator[dict[str, Any]]:
     """All that is stored about an author, one post with its predictions and feedback at a time, oldest first."""
     last = 0

@@ -108,6 +108,25 @@ async def cursor(db: Database, stream: str) -> Cursor | None:
     return Cursor(**row) if row else None
 
 
+async def touch_cursor(db: Database, stream: str) -> None:
+    """Note that `stream`, which brings no posts, has been read up to now."""
+    async with db.transaction() as connection:
+        await connection.execute(
+            "INSERT INTO overtone.stream_cursor (stream, post_id) VALUES ($1, 0)"
+            " ON CONFLICT (stream) DO UPDATE SET moved_at = now()",
+            stream,
+        )
+
+
+async def stored_ids(db: Database, *, after_post_id: int = 0, limit: int) -> list[int]:
+    """Ids of stored posts above `after_post_id`, ascending."""
+    async with db.acquire() as connection:
+        rows = await connection.fetch(
+            "SELECT post_id FROM overtone.posts WHERE post_id > $1 ORDER BY post_id LIMIT $2", after_post_id, limit
+        )
+    return [row["post_id"] for row in rows]
+
+
 async def claim_stream(db: Database, stream: str) -> int:
     """Become the leader of `stream`: the epoch to write with from now on. Writers with an older one are refused."""
     async with db.transaction() as connection:
