@@ -1,10 +1,6 @@
 """What the whole Ray instance needs in its environment before `ray start`, so that Ray Serve runs as Overtone means it.
 
-Ray Serve's HAProxy mode is made for clusters of many nodes and opens its statistics and metrics pages on every network
-interface, with an admin socket that every user of the machine may write to. Here HAProxy is started through a small
-script, written into a folder of the stack's own, that moves the pages to sockets in that folder, closes the admin
-socket to other users, has HAProxy wait for the whole of a request that fits its buffer before it chooses a replica (it
-can repeat only those) and ends HAProxy when the Ray process that started it ends.
+HAProxy is started through a script of `serve.haproxy`, which closes it to other machines and users.
 
 Knows nothing of running Ray: it imports no Ray, starts nothing and stops nothing.
 """
@@ -23,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from overtone.errors import EnvironmentProblemError
+from serve.haproxy import BUFFER_BYTES, write_start_script
 
 APPLICATION = "overtone"
 DEPLOYMENT = "Classifier"
@@ -32,48 +29,8 @@ ROUTE_PREFIX = "/"
 # (56), two slashes, the longest name (`server-state` is no socket) and HAProxy's temporary suffix.
 _FOLDER_BYTES = 107 - 56 - 2 - len("admin.sock") - len(".1234567.tmp")
 
-# Seconds for a request's headers and as much of its body as fits the buffer; of one whose client neither sends nor
-# takes anything after that.
-_REQUEST_TIMEOUT_S = 30
+# Seconds in which a client must send or take something of a request under way.
 _CLIENT_TIMEOUT_S = 120
-
-_SCRIPT = """\
-#!/bin/sh
-# Starts HAProxy with the configuration Ray wrote, closed to other machines and other users.
-set -eu
-config=
-previous=
-for argument in "$@"; do
-    if [ "$previous" = "-f" ]; then config=$argument; fi
-    previous=$argument
-done
-if [ -n "$config" ]; then
-    umask 077
-    sed -e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
-        -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
-        -e 's/ mode 666 level admin/ mode 600 level admin/' \\
-        -e '/^ *log [^ ]* local0 info$/d' \\
-        -e 's#^\\( *errorfile 50[234]\\) .*#\\1 {folder}/503.http#' \\
-        -e '/^defaults$/a\\
-    option http-buffer-request\\
-    timeout http-request {request_timeout_s}s' \\
-        "$config" >"$config.closed.$$"
-    cat "$config.closed.$$" >"$config"
-    rm -f "$config.closed.$$"
-fi
-exec {prefix}"{binary}" "$@"
-"""
-
-_PROBLEM = (
-    b'{"type":"urn:overtone:problem:unavailable","title":"A part of the system is not reachable now","status":503,'
-    b'"detail":"The replica that had the request ended before it answered; try again.","code":"unavailable",'
-    b'"request_id":"","errors":[]}'
-)
-# HAProxy's own answer when a replica dies with a request that is too large to be repeated, or none is left.
-_UNANSWERED = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nCache-Control: no-store\r\n"
-    b"Retry-After: 1\r\nContent-Length: %d\r\n\r\n%b" % (len(_PROBLEM), _PROBLEM)
-)
 
 
 def serve_environment(
@@ -160,15 +117,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
-    script = folder / "haproxy.sh"
-    setpriv = shutil.which("setpriv")
-    prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
-    (folder / "503.http").write_bytes(_UNANSWERED)
-    content = _SCRIPT.format(folder=folder, prefix=prefix, binary=binary, request_timeout_s=_REQUEST_TIMEOUT_S)
-    # A running stack may start it at any time, so it is not written again for nothing.
-    if not script.exists() or script.read_text(encoding="utf-8") != content:
-        script.write_text(content, encoding="utf-8")
-    script.chmod(0o700)
+    script = write_start_script(folder, binary, setpriv=shutil.which("setpriv"))
     prefixed = {
         "BINARY_PATH": str(script),
         "CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -180,12 +129,15 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
         "METRICS_ENABLED": "0",
         "NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 2))),
         "HEALTH_CHECK_INTER": "1s",
-        "HARD_STOP_AFTER_S": "60",
+        # A change of the set of replicas starts HAProxy anew; the old one ends when its last answer is out, and a
+        # streamed batch may take long. Its idle connections are closed with their next answer, or after
+        # `timeout http-request`.
+        "HARD_STOP_AFTER_S": "3600",
         "TIMEOUT_CLIENT_S": str(_CLIENT_TIMEOUT_S),
         # Classifying twice does no harm, so a request that a dying replica left without an answer goes to another
-        # one, if HAProxy has it whole (`http-buffer-request` in the script, TUNE_BUFSIZE).
+        # one, if HAProxy has it whole (`http-buffer-request`, TUNE_BUFSIZE).
         "RETRY_ON": "conn-failure empty-response",
-        "TUNE_BUFSIZE": "65536",
+        "TUNE_BUFSIZE": str(BUFFER_BYTES),
     }
     variables = {f"RAY_SERVE_HAPROXY_{name}": value for name, value in prefixed.items()}
     # The fallback is Ray's Python proxy, which stands by for the time when no replica is up.

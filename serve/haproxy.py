@@ -1,0 +1,152 @@
+"""What Overtone changes in the configuration that Ray Serve writes for HAProxy, and the script that does it.
+
+Ray Serve's HAProxy mode is made for clusters of many nodes and opens its statistics and metrics pages on every network
+interface, with an admin socket that every user of the machine may write to. So HAProxy is started through a script
+that moves the pages to sockets in a folder of the stack's own, closes the admin socket to other users, and ends HAProxy
+when the Ray process that started it ends. It also has every request answered when a replica dies with it:
+
+- A request that fits HAProxy's buffer is waited for whole, so that another replica can be asked.
+- HAProxy 2.8 just closes the connection when the server fails without an answer and the request was not the first of
+  its connection, for the client to try again. A request that is too large to be repeated therefore goes through HAProxy
+  twice, the second time as the first of a connection of its own, on which HAProxy does answer.
+- An answer that fits the buffer is waited for whole before the client sees its head.
+- What is neither ours nor JSON (HAProxy's own errors, those of Ray's Python proxy) becomes a problem.
+
+Knows nothing of running Ray or HAProxy.
+"""
+
+import json
+from http import HTTPStatus
+from pathlib import Path
+
+BUFFER_BYTES = 65_536
+"""Of HAProxy, for each direction. Some of it is kept for rewriting, and heads need room too."""
+_WHOLE_BODY_BYTES = 48 * 1024
+# Seconds for a request's headers and as much of its body as fits the buffer; for the rest of an answer that has begun.
+_REQUEST_TIMEOUT_S = 30
+_ANSWER_TIMEOUT_S = 30
+
+_SCRIPT = """\
+#!/bin/sh
+# Starts HAProxy with the configuration Ray wrote, closed to other machines and other users.
+set -eu
+config=
+previous=
+for argument in "$@"; do
+    if [ "$previous" = "-f" ]; then config=$argument; fi
+    previous=$argument
+done
+if [ -n "$config" ]; then
+    umask 077
+    sed -e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
+        -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
+        -e 's/ mode 666 level admin/ mode 600 level admin/' \\
+        -e '/^ *log [^ ]* local0 info$/d' \\
+        -e '/^ *errorfile /d' \\
+        -e 's#^\\( *http-request return\\) status 404 .*#\\1 {unavailable}#' \\
+        -e '/^defaults$/r {folder}/defaults.cfg' \\
+        -e '/^ *# Static routing based on path prefixes/r {folder}/frontend.cfg' \\
+        -e '$r {folder}/again.cfg' \\
+        "$config" >"$config.closed.$$"
+    cat "$config.closed.$$" >"$config"
+    rm -f "$config.closed.$$"
+fi
+exec {prefix}"{binary}" "$@"
+"""
+
+_DEFAULTS = f"""\
+    option http-buffer-request
+    timeout http-request {_REQUEST_TIMEOUT_S}s
+"""
+
+_FRONTEND = """\
+    bind unix@{folder}/again.sock mode 600 name again
+    http-response wait-for-body time {answer_timeout_s}s if {{ res.hdr(content-length) -m found }}
+    http-response set-var(txn.body_bytes) res.body_len
+    acl is_short res.hdr_val(content-length) 1:{whole_bytes}
+    acl is_cut res.hdr_val(content-length),sub(txn.body_bytes) gt 0
+    http-response return {unavailable} if is_short is_cut !{{ method HEAD }}
+    http-response return {unavailable} if {{ status 500:599 }} !{{ res.hdr(content-type) -m beg application/ }}
+    use_backend again if !{{ so_name again }} {{ req.hdr_val(content-length) gt {whole_bytes} }}
+    use_backend again if !{{ so_name again }} {{ req.hdr(transfer-encoding) -m found }}
+"""
+
+_AGAIN = """\
+backend again
+    option http-server-close
+    http-reuse never
+    retry-on none
+    server again unix@{folder}/again.sock
+"""
+
+_LOST = "The replica that had the request ended before it answered, or none is up; try again."
+# By status, what HAProxy answers itself; 502 and 504 from a server that died become 503.
+_PROBLEMS: dict[int, tuple[str, str, str]] = {
+    400: ("malformed", "The request body cannot be parsed", "The request is not valid HTTP."),
+    408: ("too_slow", "The request body did not arrive in time", "The request did not arrive in time."),
+    413: ("too_large", "The request is over a size limit", "The request is over a size limit."),
+    500: ("internal", "Something in Overtone failed", "The server failed."),
+    503: ("unavailable", "A part of the system is not reachable now", _LOST),
+}
+_ERRORFILES = {status: status for status in _PROBLEMS} | {502: 503, 504: 503}
+
+
+def write_start_script(folder: Path, binary: Path, *, setpriv: str | None) -> Path:
+    """The script that starts HAProxy's `binary`, written into `folder` with all that it needs.
+
+    With `setpriv`, the path of that program, HAProxy ends when the process that started it ends.
+    """
+    unavailable = (
+        f"status 503 content-type application/problem+json hdr Retry-After 1 hdr Cache-Control no-store"
+        f" file {folder}/503.json"
+    )
+    for status in _PROBLEMS:
+        _write(folder / f"{status}.http", _raw_answer(status))
+    _write(folder / "503.json", _problem(503))
+    errorfiles = [f"    errorfile {status} {folder}/{shown}.http\n" for status, shown in sorted(_ERRORFILES.items())]
+    _write(folder / "defaults.cfg", _DEFAULTS + "".join(errorfiles))
+    _write(
+        folder / "frontend.cfg",
+        _FRONTEND.format(
+            folder=folder,
+            unavailable=unavailable,
+            answer_timeout_s=_ANSWER_TIMEOUT_S,
+            whole_bytes=_WHOLE_BODY_BYTES,
+        ),
+    )
+    _write(folder / "again.cfg", _AGAIN.format(folder=folder))
+    script = folder / "haproxy.sh"
+    prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
+    _write(script, _SCRIPT.format(folder=folder, prefix=prefix, binary=binary, unavailable=unavailable))
+    script.chmod(0o700)
+    return script
+
+
+def _write(path: Path, content: str) -> None:
+    # A running stack may read it at any time, so it is not written again for nothing.
+    if not path.exists() or path.read_text(encoding="utf-8") != content:
+        path.write_text(content, encoding="utf-8")
+
+
+def _problem(status: int) -> str:
+    code, title, detail = _PROBLEMS[status]
+    return json.dumps(
+        {
+            "type": f"urn:overtone:problem:{code}",
+            "title": title,
+            "status": status,
+            "detail": detail,
+            "code": code,
+            "request_id": "",
+            "errors": [],
+        }
+    )
+
+
+def _raw_answer(status: int) -> str:
+    body = _problem(status)
+    retry = "Retry-After: 1\r\n" if status == 503 else ""
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/problem+json\r\n"
+        f"Cache-Control: no-store\r\n{retry}Content-Length: {len(body)}\r\n\r\n{body}"
+    )

@@ -1,0 +1,208 @@
+"""HAProxy as Ray configures it and `serve.haproxy` changes it, before replicas that die."""
+
+import asyncio
+import re
+import shutil
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve.environment import find_haproxy, runtime_folder, serve_environment
+
+Replica = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+BINARY = find_haproxy()
+pytestmark = [
+    pytest.mark.skipif(BINARY is None, reason="no HAProxy is installed"),
+    # What importing Ray Serve warns of is Ray's business.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+LARGE = b"x" * 200_000
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+    return head + (await reader.readexactly(int(length[1])) if length else b"")
+
+
+def answering(body: bytes = b"{}", status: bytes = b"200 OK", media: bytes = b"application/json") -> Replica:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            if b"/-/healthz" in await read_request(reader):
+                writer.write(HEALTHY)
+                continue
+            head = b"HTTP/1.1 %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n" % (status, media, len(body))
+            writer.write(head + body)
+
+    return serve
+
+
+def dying(after: bytes = b"") -> Replica:
+    """Answers health checks; of a prediction it sends `after` and is gone."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while b"/predict" not in await read_request(reader):
+            writer.write(HEALTHY)
+        writer.write(after)
+        await writer.drain()
+
+    return serve
+
+
+def write_config(file: Path, port: int, servers: list[int], environment: dict[str, str]) -> None:
+    """What Ray writes for HAProxy on `port` before replicas on the ports `servers`."""
+    from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+    from ray.serve.config import HTTPOptions
+
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        socket_path=str(file.parent / "admin.sock"),
+        server_state_base=str(file.parent),
+        server_state_file=str(file.parent / "server-state"),
+        metrics_enabled=False,
+        nbthread=1,
+        bufsize=int(environment["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]),
+        retry_on=environment["RAY_SERVE_HAPROXY_RETRY_ON"],
+        is_head=True,
+    )
+    replicas = [ServerConfig(f"r{number}", "127.0.0.1", port) for number, port in enumerate(servers)]
+    backends = {"app": BackendConfig("app", "/", app_name="app", servers=replicas)} if servers else {}
+    HAProxyApi(config, backends, str(file))._generate_config_file_internal()
+
+
+@asynccontextmanager
+async def proxy(folder: Path, *replicas: Replica) -> AsyncIterator[str]:
+    """HAProxy before `replicas`; its address."""
+    environment = serve_environment(host="127.0.0.1", folder=folder)
+    servers = []
+
+    def closing(replica: Replica) -> Replica:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                await replica(reader, writer)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass
+            finally:
+                writer.close()
+
+        return serve
+
+    for replica in replicas:
+        servers.append(await asyncio.start_server(closing(replica), "127.0.0.1", 0))
+    port, file = free_port(), folder / "haproxy.cfg"
+    write_config(file, port, [server.sockets[0].getsockname()[1] for server in servers], environment)
+    process = await asyncio.create_subprocess_exec(
+        environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(10):
+            while not await accepts(port):
+                assert process.returncode is None, await process.stderr.read()  # type: ignore[union-attr]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        _, said = await process.communicate()
+        for server in servers:
+            server.close()
+    complaints = [line for line in said.decode().splitlines() if "parsing [" in line]
+    assert complaints == []
+
+
+async def accepts(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        await asyncio.sleep(0.02)
+        return False
+    writer.close()
+    return True
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> object:
+    folder = runtime_folder(tmp_path)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def assert_is_unavailable(answer: httpx.Response) -> None:
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1"), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == "unavailable"
+
+
+async def test_another_replica_is_asked_when_one_dies_with_a_small_request(folder: Path) -> None:
+    async with proxy(folder, dying(), answering(b'{"label":"x"}')) as url, httpx.AsyncClient(base_url=url) as client:
+        answers = [await client.post("/predict", content=b"x" * 1000) for _ in range(8)]
+
+    assert [(answer.status_code, answer.content) for answer in answers] == [(200, b'{"label":"x"}')] * 8
+
+
+@pytest.mark.parametrize("how", ["in one piece", "in chunks"])
+async def test_a_large_request_that_a_replica_dies_with_is_answered(folder: Path, how: str) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield LARGE
+
+    async with proxy(folder, dying()) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.get("/-/routes")  # so that the next is not the connection's first request
+        for _ in range(3):
+            body = LARGE if how == "in one piece" else chunks()
+            assert_is_unavailable(await client.post("/predict/batch", content=body))
+
+
+async def test_an_answer_that_breaks_off_is_replaced(folder: Path) -> None:
+    cut = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 144\r\n\r\n"
+    for after in (cut, cut + b'{"label"'):
+        async with proxy(folder, dying(after)) as url, httpx.AsyncClient(base_url=url) as client:
+            await client.get("/-/routes")
+            for body in (b"x", LARGE):
+                assert_is_unavailable(await client.post("/predict", content=body))
+
+
+async def test_large_requests_and_answers_pass_whole(folder: Path) -> None:
+    async with proxy(folder, answering(LARGE)) as url, httpx.AsyncClient(base_url=url) as client:
+        for body in (LARGE, b"x", LARGE):
+            answer = await client.post("/predict/batch", content=body)
+            assert (answer.status_code, answer.content) == (200, LARGE)
+
+
+async def test_an_answer_to_head_is_not_taken_for_a_broken_one(folder: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await read_request(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 144\r\n\r\n")
+
+    async with proxy(folder, serve) as url, httpx.AsyncClient(base_url=url) as client:
+        answer = await client.head("/predict")
+
+    assert (answer.status_code, answer.headers["content-length"]) == (200, "144")
+
+
+async def test_errors_that_are_not_ours_become_problems(folder: Path) -> None:
+    async with (
+        proxy(folder, answering(b"Internal Server Error", b"500 Internal Server Error", b"text/plain")) as url,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        assert_is_unavailable(await client.post("/predict", content=b"x"))
+
+
+async def test_errors_that_are_ours_stay(folder: Path) -> None:
+    ours = answering(b"{}", b"500 Internal Server Error", b"application/problem+json")
+    async with proxy(folder, ours) as url, httpx.AsyncClient(base_url=url) as client:
+        assert (await client.post("/predict", content=b"x")).status_code == 500
+
+
+async def test_without_an_application_it_is_unavailable(folder: Path) -> None:
+    async with proxy(folder) as url, httpx.AsyncClient(base_url=url) as client:
+        assert_is_unavailable(await client.post("/predict", content=b"x"))
