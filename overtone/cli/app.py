@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from overtone import __version__
+from overtone.cli.k8s import app as k8s
 
 if TYPE_CHECKING:
     from overtone.cli.up import UpOptions
@@ -34,6 +35,7 @@ exports = typer.Typer(help="What is stored about one author.", no_args_is_help=T
 app.add_typer(exports, name="export")
 models = typer.Typer(help="The bundles that are served, and a challenger on trial.", no_args_is_help=True)
 app.add_typer(models, name="models")
+app.add_typer(k8s, name="k8s")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
