@@ -43,6 +43,8 @@ class ServeArgs(BaseModel):
     )
     max_interactive_texts: int = Field(_LIMITS.max_interactive_texts, ge=1, le=1_000_000)
     max_bulk_texts: int = Field(_LIMITS.max_bulk_texts, ge=1, le=10_000_000)
+    max_interactive_s: float = Field(_LIMITS.max_interactive_s, gt=0, le=3600, description="Work that may wait.")
+    max_bulk_s: float = Field(_LIMITS.max_bulk_s, gt=0, le=86_400, description="As above, of both priorities.")
     interactive_deadline_s: float = Field(30.0, gt=0, le=3600)
     bulk_deadline_s: float = Field(600.0, gt=0, le=86_400)
 
@@ -66,6 +68,8 @@ def build(args: ServeArgs) -> Application:
             waste_tokens=args.waste_tokens,
             max_interactive_texts=args.max_interactive_texts,
             max_bulk_texts=args.max_bulk_texts,
+            max_interactive_s=args.max_interactive_s,
+            max_bulk_s=args.max_bulk_s,
         ),
         interactive_deadline_s=args.interactive_deadline_s,
         bulk_deadline_s=args.bulk_deadline_s,

@@ -39,6 +39,10 @@ class Limits:
     """Interactive texts that may wait. A larger request is still taken when nothing of its priority waits."""
     max_bulk_texts: int = 20_000
     """Bulk texts that may wait; as above."""
+    max_interactive_s: float = 5.0
+    """Seconds of work, at the rate measured, behind which an interactive request is not queued."""
+    max_bulk_s: float = 30.0
+    """As above for a bulk request, for which interactive work counts too."""
     ahead: int = 1
     """Batches chosen before the engine frees, while at least `ahead_tokens` wait, so that it never idles."""
     ahead_tokens: int = 96
@@ -137,6 +141,10 @@ class Backlog(Generic[Row]):
     def waiting_of(self, priority: Priority) -> int:
         """Texts of `priority` that wait."""
         return self._queues[priority].waiting
+
+    def waiting_tokens_of(self, priority: Priority) -> int:
+        """Their tokens, without padding."""
+        return self._queues[priority].waiting_tokens
 
     def add(self, ticket: Ticket[Row]) -> None:
         """Let the rows of `ticket` wait."""
@@ -303,7 +311,7 @@ class TokenBatcher(Generic[Row]):
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._texts_per_s = 0.0
+        self._tokens_per_s = 0.0
         self._last_done_at = 0.0
         self.failures_in_a_row = 0
         """Rows that failed alone since a batch succeeded."""
@@ -332,13 +340,13 @@ class TokenBatcher(Generic[Row]):
         `timing` is filled in.
 
         Raises:
-            OverloadedError: too many texts wait already.
+            OverloadedError: too many texts wait already, or more work than can be done before the deadline.
             DeadlineExceededError: the deadline passed before all rows reached the engine.
             ShuttingDownError: after `drain`.
         """
         if not token_ids:
             return []
-        self.admit(len(token_ids), priority)
+        self.admit(len(token_ids), priority, deadline_s)
         now = self._clock()
         ticket: Ticket[Row] = Ticket(token_ids, priority, now, None if deadline_s is None else now + deadline_s)
         ticket.answer = asyncio.get_running_loop().create_future()
@@ -361,19 +369,32 @@ class TokenBatcher(Generic[Row]):
         self._draining = True
         await self._idle.wait()
 
-    def admit(self, texts: int, priority: Priority) -> None:
+    def admit(self, texts: int, priority: Priority, deadline_s: float | None = None) -> None:
         """Refuse, as `submit` would, before work is put into preparing `texts` texts."""
         if self._draining:
             raise ShuttingDownError("This replica is shutting down; try again.")
         waiting = self._backlog.waiting_of(priority)
-        bound = self._limits.max_interactive_texts if priority == "interactive" else self._limits.max_bulk_texts
-        if waiting and waiting + texts > bound:
-            wait_s = (waiting + texts - bound) / self._texts_per_s if self._texts_per_s else 1.0
-            raise OverloadedError(
-                f"{waiting} texts wait already and at most {bound} may; try again later or with fewer texts.",
-                retry_after_s=min(max(wait_s, 0.1), 60.0),
-                limit=bound,
-            )
+        if not waiting:
+            return
+        limits = self._limits
+        is_bulk = priority == "bulk"
+        bound = limits.max_bulk_texts if is_bulk else limits.max_interactive_texts
+        if waiting + texts > bound:
+            excess = min((waiting + texts - bound) / waiting, 1.0) * self._backlog.waiting_tokens_of(priority)
+            raise self._overloaded(f"{waiting} texts wait already and at most {bound} may", excess, limit=bound)
+        wait_s = limits.max_bulk_s if is_bulk else limits.max_interactive_s
+        if deadline_s is not None:
+            wait_s = min(wait_s, deadline_s)
+        ahead = self._backlog.waiting_tokens if is_bulk else self._backlog.waiting_tokens_of(priority)
+        excess = ahead - wait_s * self._tokens_per_s
+        if self._tokens_per_s and excess > 0:
+            raise self._overloaded(f"The texts that wait already need more than {wait_s:g} s", excess)
+
+    def _overloaded(self, why: str, excess_tokens: float, **details: int) -> OverloadedError:
+        """What is raised when there is room only after `excess_tokens` were classified."""
+        wait_s = excess_tokens / self._tokens_per_s if self._tokens_per_s else 1.0
+        message = f"{why}; try again later or with fewer texts."
+        return OverloadedError(message, retry_after_s=min(max(wait_s, 0.1), 60.0), **details)
 
     def _pump_soon(self) -> None:
         # After the callbacks that are ready now: requests that arrived together join one batch.
@@ -460,12 +481,11 @@ class TokenBatcher(Generic[Row]):
         now = self._clock()
         busy_s = now - max(taken_at, self._last_done_at)
         self._last_done_at = now
+        lengths = [len(ticket.token_ids[index]) for ticket, index in batch]
         if busy_s > 0:
-            rate = len(batch) / busy_s
-            memory = _RATE_MEMORY if self._texts_per_s else 0.0
-            self._texts_per_s = memory * self._texts_per_s + (1 - memory) * rate
+            memory = _RATE_MEMORY if self._tokens_per_s else 0.0
+            self._tokens_per_s = memory * self._tokens_per_s + (1 - memory) * sum(lengths) / busy_s
         if self._observe is not None:
-            lengths = [len(ticket.token_ids[index]) for ticket, index in batch]
             oldest = min(ticket.admitted_at for ticket, _ in batch)
             padded = len(batch) * max(lengths)
             self._observe(

@@ -234,7 +234,7 @@ class Classifier:
         while True:
             model = self._current()
             try:
-                model.batcher.admit(len(texts), request.priority)
+                model.batcher.admit(len(texts), request.priority, request.deadline_s)
                 encoded = await model.encode(texts, request.long_text, self._other_thread)
                 rows = await model.batcher.submit(
                     encoded.rows, priority=request.priority, deadline_s=request.deadline_s, timing=request.timing

@@ -32,7 +32,7 @@ from serve.openapi import ROUTES, describe
 from serve.pages import PageRoutes
 from serve.prediction import PredictionRoutes
 from serve.problems import problem_response
-from serve.service import Handler, Service
+from serve.service import TIMEOUT_HEADER, Handler, Service
 from serve.sessions import SessionRoutes
 from serve.tracing import trace_id
 
@@ -62,7 +62,13 @@ def create_app(service: Service) -> ASGIApp:
             app,
             allow_origins=service.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=[service.gate.api_key_header, "Authorization", "Content-Type", "X-Request-ID"],
+            allow_headers=[
+                service.gate.api_key_header,
+                "Authorization",
+                "Content-Type",
+                "X-Request-ID",
+                TIMEOUT_HEADER,
+            ],
             expose_headers=["X-Request-ID", "Retry-After", "RateLimit", "RateLimit-Policy"],
         )
     return _Edge(app, service)

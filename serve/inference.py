@@ -70,8 +70,7 @@ class InferenceRoutes:
         self._named(request)
         call = tensors.read_call(*await _body(request))
         await service.gate.spend(identity, len(call.texts))
-        is_bulk = len(call.texts) > INTERACTIVE_TEXTS
-        deadline_s = service.bulk_deadline_s if is_bulk else service.interactive_deadline_s
+        deadline_s = service.deadline_s(request, is_bulk=len(call.texts) > INTERACTIVE_TEXTS)
         work = service.classifier.classify(call.texts, deadline_s=deadline_s, long_text=call.long_text)
         answer = await while_there(request, work)
         head = {"model_name": request.path_params["name"], "model_version": answer.bundle.version}

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from serve import wire
 from serve.longtext import LONG_TEXT_POLICIES
+from serve.service import TIMEOUT_HEADER
 
 _JSON = "application/json"
 _PROBLEM_JSON = "application/problem+json"
@@ -33,6 +34,14 @@ _PACKED = {
     "in": "header",
     "description": "gzip, where the body is packed.",
     "schema": {"type": "string", "enum": ["gzip", "identity"]},
+}
+_TIMEOUT = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "description": "Seconds in which the texts must reach the engine, else 504; at most what the service allows. Of a "
+    "streamed batch: each chunk of lines.",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 999_999_999},
+    "example": 2.5,
 }
 
 
@@ -62,8 +71,8 @@ class Route:
     is_open: bool = False
     """Whether it needs neither key nor session."""
     is_shown: bool = True
-    is_packable: bool = False
-    """Whether the body may be gzip."""
+    classifies: bool = False
+    """Whether it classifies texts: its body may be gzip, and it has a deadline."""
     streams: bool = False
     """Whether it takes and gives lines of JSON too."""
     content: str = _JSON
@@ -109,8 +118,8 @@ class Route:
             for name in _NAMES
             if f"{{{name}}}" in self.path
         ]
-        if self.is_packable:
-            parameters.append(_PACKED)
+        if self.classifies:
+            parameters += [_PACKED, _TIMEOUT]
         if parameters:
             extra["parameters"] = parameters
         if self.is_open:
@@ -136,7 +145,7 @@ _INFER = Route(
     body=wire.InferenceRequest,
     answer=wire.InferenceResponse,
     problems=(404, *_TAKING),
-    is_packable=True,
+    classifies=True,
 )
 _V2 = (
     _v2("", "v2_server", "What the server is", wire.ServerMetadata, problems=_GUARDED),
@@ -184,7 +193,7 @@ ROUTES = (
         body=wire.PredictRequest,
         answer=wire.Prediction,
         problems=_TAKING,
-        is_packable=True,
+        classifies=True,
     ),
     Route(
         "POST",
@@ -196,7 +205,7 @@ ROUTES = (
         answer=wire.BatchResponse,
         problems=_TAKING,
         query=_OPTIONS,
-        is_packable=True,
+        classifies=True,
         streams=True,
     ),
     Route(

@@ -39,12 +39,13 @@ class PredictionRoutes:
                 raise prediction
             return json_response(prediction)
         timing = request.scope["overtone.timing"] = Timing()
+        deadline_s = self._service.deadline_s(request, is_bulk=False)
         answer = await while_there(
             request,
             self._service.classifier.classify(
                 [text],
                 timing=timing,
-                deadline_s=self._service.interactive_deadline_s,
+                deadline_s=deadline_s,
                 request_id=request.scope.get("overtone.request_id"),
             ),
         )
@@ -72,24 +73,25 @@ class PredictionRoutes:
         asked.check_labels(len(service.classifier.bundle.labels))
         if asked.explain:
             raise bodies.invalid([bodies.FieldError("explain", "is not for streamed batches")])
+        deadline_s = service.deadline_s(request, is_bulk=True)
 
         async def spend(texts: int) -> None:
             await service.gate.spend(identity, texts)
 
         async def classify(texts: list[str]) -> list[Any]:
             answer = await service.classifier.classify(
-                texts, deadline_s=service.bulk_deadline_s, long_text=asked.long_text, priority="bulk"
+                texts, deadline_s=deadline_s, long_text=asked.long_text, priority="bulk"
             )
             return [_shown(answer.bundle, row, asked) for row in answer.rows]
 
-        return StreamedAnswers(request, Stream(spend, classify, patience_s=service.bulk_deadline_s))
+        return StreamedAnswers(request, Stream(spend, classify, patience_s=deadline_s))
 
     async def _predicted(
         self, request: Request, texts: list[str], asked: Options
     ) -> tuple[list[dict[str, Any] | Exception], Bundle]:
         """The prediction of each text, or why it has none."""
         service = self._service
-        deadline_s = service.bulk_deadline_s if len(texts) > INTERACTIVE_TEXTS else service.interactive_deadline_s
+        deadline_s = service.deadline_s(request, is_bulk=len(texts) > INTERACTIVE_TEXTS)
         if asked is not PLAIN:
             asked.check_labels(len(service.classifier.bundle.labels))
         if asked.explain:

@@ -1,6 +1,7 @@
 """What the handlers of the API are given, and the few things that all of them do."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +16,14 @@ from starlette.types import Receive
 
 from overtone.erasure import Kind
 from serve.auth import Gate
+from serve.bodies import FieldError, invalid
 from serve.classifier import Classifier
 from serve.tracing import Tracing
+
+TIMEOUT_HEADER = "X-Request-Timeout-S"
+"""In how many seconds the caller needs the answer."""
+_TIMEOUT_HEADER = TIMEOUT_HEADER.lower().encode()
+_SECONDS = re.compile(rb"(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][+-]?\d{1,3})?")
 
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
@@ -48,6 +55,21 @@ class Service:
     replica: str = ""
     """Which of the replicas answers."""
     tracing: Tracing | None = None
+
+    def deadline_s(self, request: Request, *, is_bulk: bool) -> float:
+        """Seconds in which the texts of `request` are to reach the engine: the caller's choice, up to the service's.
+
+        Raises:
+            InvalidInputError: the header that says it is no positive number.
+        """
+        longest = self.bulk_deadline_s if is_bulk else self.interactive_deadline_s
+        for name, value in request.scope["headers"]:
+            if name == _TIMEOUT_HEADER:
+                seconds = float(value) if _SECONDS.fullmatch(value) else 0.0
+                if seconds <= 0:
+                    raise invalid([FieldError(TIMEOUT_HEADER, "must be a positive number of seconds")])
+                return min(seconds, longest)
+        return longest
 
 
 def json_response(value: Any, *, cached: bool = True) -> Response:

@@ -2,7 +2,8 @@
 
 import asyncio
 import gzip
-from collections.abc import AsyncIterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -12,6 +13,7 @@ import orjson
 import pytest
 
 from overtone.bundle import Bundle
+from overtone.engine import Engine, Probabilities, open_engine
 from serve.auth import Gate, Identity, KeyRing
 from serve.batcher import Limits
 from serve.classifier import Classifier
@@ -19,7 +21,9 @@ from serve.http import create_app
 from serve.service import Service
 
 SECRET = "ovt_a-key"
+JSON = {"content-type": "application/json"}
 LINES = {"content-type": "application/x-ndjson"}
+INFER = b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["love"]}]}'
 LONG = "love love love love love love hate hate"
 
 
@@ -33,8 +37,10 @@ class OneKey:
         return None
 
 
-async def opened(bundle: Bundle | None, limits: Limits | None = None) -> tuple[Service, httpx.AsyncClient]:
-    classifier = Classifier(limits=limits)
+async def opened(
+    bundle: Bundle | None, limits: Limits | None = None, engine_for: Callable[[Bundle, int], Engine] = open_engine
+) -> tuple[Service, httpx.AsyncClient]:
+    classifier = Classifier(limits=limits, engine_for=engine_for)
     if bundle is not None:
         await classifier.load(bundle.path)
     keys = KeyRing(OneKey())
@@ -43,6 +49,44 @@ async def opened(bundle: Bundle | None, limits: Limits | None = None) -> tuple[S
     transport = httpx.ASGITransport(create_app(service))
     headers = {"x-api-key": SECRET, "accept-encoding": "identity"}
     return service, httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+
+class HeldEngine:
+    """The engine of a bundle, which waits when told to."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._engine = open_engine(bundle, threads)
+        self.labels = self._engine.labels
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.is_waiting = False
+
+    def classify(self, token_ids: list[list[int]]) -> Probabilities:
+        self.is_waiting = not self.may_go_on.is_set()
+        assert self.may_go_on.wait(30)
+        return self._engine.classify(token_ids)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+async def held(bundle: Bundle, limits: Limits | None = None) -> tuple[Service, httpx.AsyncClient, HeldEngine]:
+    """A service whose engine has begun a request and waits."""
+    engines: list[HeldEngine] = []
+
+    def open_held(bundle: Bundle, threads: int) -> HeldEngine:
+        engines.append(HeldEngine(bundle, threads))
+        return engines[0]
+
+    service, client = await opened(bundle, limits, open_held)
+    engines[0].may_go_on.clear()
+    return service, client, engines[0]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  (what is waited for is state of the code under test)
+            await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -102,6 +146,64 @@ async def test_the_word_that_counts_is_named(client: httpx.AsyncClient) -> None:
     assert [len(item["explanation"]) for item in batch["predictions"]] == [2, 1]
     many = await client.post("/predict/batch", json={"texts": ["love"] * 17, "explain": True})
     assert (many.status_code, many.json()["errors"][0]["limit"]) == (422, 16)
+
+
+# --- deadlines
+
+
+CALLS = [
+    ("/predict", b'{"text": "love"}', JSON),
+    ("/predict", b'{"text": "love", "top_k": 1}', JSON),
+    ("/predict/batch", b'{"texts": ["love"]}', JSON),
+    ("/predict/batch", b'"love"\n', LINES),
+    ("/v2/models/overtone/infer", INFER, JSON),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), CALLS)
+async def test_the_caller_says_how_long_it_waits(
+    client: httpx.AsyncClient, path: str, body: bytes, headers: dict[str, str]
+) -> None:
+    async def status_for(seconds: str) -> int:
+        answer = await client.post(path, content=body, headers=headers | {"X-Request-Timeout-S": seconds})
+        return answer.status_code
+
+    assert [await status_for(seconds) for seconds in ("9", "1e3", "2.5", "1e-300")] == [200, 200, 200, 504]
+    assert {await status_for(seconds) for seconds in ("", "0", "-1", "nan", "inf", "1_0", "soon")} == {422}
+
+
+async def test_what_the_queue_cannot_take_is_refused_while_the_engine_works(tiny_bundle: Bundle) -> None:
+    service, client, engine = await held(tiny_bundle, Limits(max_interactive_texts=1))
+    running = asyncio.create_task(client.post("/predict", json={"text": "love"}))
+    await until(lambda: engine.is_waiting)
+    waiting = asyncio.create_task(client.post("/predict", json={"text": "hate"}))
+    await until(lambda: service.classifier.waiting)
+    refused = await client.post("/predict", json={"text": "fine"})
+    assert not engine.may_go_on.is_set()
+    engine.may_go_on.set()
+    answers = [await running, await waiting]
+    await service.classifier.close()
+
+    assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert [answer.json()["label"] for answer in answers] == ["positive", "negative"]
+
+
+async def test_a_service_that_ends_answers_what_it_took_and_refuses_the_rest(tiny_bundle: Bundle) -> None:
+    service, client, engine = await held(tiny_bundle)
+    taken = asyncio.create_task(client.post("/predict", json={"text": "love"}))
+    await until(lambda: engine.is_waiting)
+    closing = asyncio.create_task(service.classifier.close())
+    for _ in range(5):  # `close` begins, and stops where it waits
+        await asyncio.sleep(0)
+    refused = await client.post("/predict", json={"text": "hate"})
+    assert not closing.done()
+    engine.may_go_on.set()
+    await closing
+
+    assert (refused.status_code, refused.json()["code"]) == (503, "shutting_down")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert (await taken).json()["label"] == "positive"
 
 
 # --- streamed batches

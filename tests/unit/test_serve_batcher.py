@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -299,6 +300,46 @@ async def test_a_full_queue_refuses_and_says_for_how_long() -> None:
     with pytest.raises(OverloadedError) as caught:
         await batcher.submit([[1]] * 6)
     assert caught.value.retry_after_s == pytest.approx(4 / 2.0)  # 4 texts too many, 2 texts a second
+    engine.gate.set()
+    await asyncio.gather(*tasks)
+
+
+async def rated(engine: Engine, clock: Clock, **limits: float) -> TokenBatcher[int]:
+    """A batcher that has measured 2 tokens a second."""
+    settings: dict[str, Any] = {"budget_tokens": 4, "ahead": 0, **limits}
+    batcher = TokenBatcher[int](engine.classify, limits=Limits(**settings), clock=clock)
+    engine.gate.clear()
+    first = asyncio.create_task(batcher.submit([[1]] * 4))
+    await until(lambda: engine.batches)
+    clock.now += 2.0
+    engine.gate.set()
+    await first
+    engine.gate.clear()
+    return batcher
+
+
+@pytest.mark.parametrize(
+    ("priority", "deadline_s", "retry_after_s"),
+    [("interactive", None, None), ("bulk", None, 2.0), ("interactive", 3.0, 1.0), ("bulk", 3.0, 3.0)],
+)
+async def test_work_that_cannot_be_done_in_time_is_refused_at_once(
+    priority: Priority, deadline_s: float | None, retry_after_s: float | None
+) -> None:
+    engine = Engine()
+    batcher = await rated(engine, Clock(), max_interactive_s=4.0, max_bulk_s=4.0)
+    tasks = [asyncio.create_task(batcher.submit([[1]] * 4))]
+    await until(lambda: len(engine.batches) == 2)
+    tasks += [asyncio.create_task(batcher.submit([[1] * 4] * 2))]
+    tasks += [asyncio.create_task(batcher.submit([[1] * 4], priority="bulk"))]
+    await until(lambda: batcher.waiting_tokens == 12)
+
+    if retry_after_s is None:
+        batcher.admit(1, priority, deadline_s)
+    else:
+        with pytest.raises(OverloadedError) as caught:
+            await batcher.submit([[1]], priority=priority, deadline_s=deadline_s)
+        assert caught.value.retry_after_s == pytest.approx(retry_after_s)
+    assert len(engine.batches) == 2
     engine.gate.set()
     await asyncio.gather(*tasks)
 
