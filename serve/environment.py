@@ -137,10 +137,13 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
         # Classifying twice does no harm, so a request that a dying replica left without an answer goes to another
         # one, if HAProxy has it whole (`http-buffer-request`, TUNE_BUFSIZE).
         "RETRY_ON": "conn-failure empty-response",
+        # One that refuses two connections is down, before the request has used up its own attempts on it.
+        "OBSERVE_ERROR_LIMIT": "2",
+        "RETRIES": "6",
         "TUNE_BUFSIZE": str(BUFFER_BYTES),
     }
     variables = {f"RAY_SERVE_HAPROXY_{name}": value for name, value in prefixed.items()}
-    # The fallback is Ray's Python proxy, which stands by for the time when no replica is up.
+    # The fallback is Ray's Python proxy, which `serve.haproxy` leaves unused; it is started all the same.
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.shortcut:middlewares",

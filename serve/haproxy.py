@@ -10,7 +10,9 @@ when the Ray process that started it ends. It also has every request answered wh
   its connection, for the client to try again. A request that is too large to be repeated therefore goes through HAProxy
   twice, the second time as the first of a connection of its own, on which HAProxy does answer.
 - An answer that fits the buffer is waited for whole before the client sees its head.
-- What is neither ours nor JSON (HAProxy's own errors, those of Ray's Python proxy) becomes a problem.
+- While no replica is up, HAProxy itself stands in for Ray's Python proxy and answers 503: the proxy keeps requests
+  waiting, maybe for a replica that is dead.
+- What is neither ours nor JSON (HAProxy's own errors) becomes a problem.
 
 Knows nothing of running Ray or HAProxy.
 """
@@ -43,10 +45,11 @@ if [ -n "$config" ]; then
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\
         -e '/^ *log [^ ]* local0 info$/d' \\
         -e '/^ *errorfile /d' \\
+        -e 's#^\\( *server [^ ]*\\) [^ ]* check backup$#\\1 unix@{folder}/unavailable.sock check backup#' \\
         -e 's#^\\( *http-request return\\) status 404 .*#\\1 {unavailable}#' \\
         -e '/^defaults$/r {folder}/defaults.cfg' \\
         -e '/^ *# Static routing based on path prefixes/r {folder}/frontend.cfg' \\
-        -e '$r {folder}/again.cfg' \\
+        -e '$r {folder}/ends.cfg' \\
         "$config" >"$config.closed.$$"
     cat "$config.closed.$$" >"$config"
     rm -f "$config.closed.$$"
@@ -77,6 +80,13 @@ backend again
     http-reuse never
     retry-on none
     server again unix@{folder}/again.sock
+"""
+
+_UNAVAILABLE = """\
+frontend unavailable
+    bind unix@{folder}/unavailable.sock mode 600
+    http-request return status 200 if {{ path /-/healthz }}
+    http-request return {unavailable}
 """
 
 _LOST = "The replica that had the request ended before it answered, or none is up; try again."
@@ -114,7 +124,8 @@ def write_start_script(folder: Path, binary: Path, *, setpriv: str | None) -> Pa
             whole_bytes=_WHOLE_BODY_BYTES,
         ),
     )
-    _write(folder / "again.cfg", _AGAIN.format(folder=folder))
+    ends = (_AGAIN + _UNAVAILABLE).format(folder=folder, unavailable=unavailable)
+    _write(folder / "ends.cfg", ends)
     script = folder / "haproxy.sh"
     prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
     _write(script, _SCRIPT.format(folder=folder, prefix=prefix, binary=binary, unavailable=unavailable))

@@ -74,18 +74,21 @@ def write_config(file: Path, port: int, servers: list[int], environment: dict[st
         nbthread=1,
         bufsize=int(environment["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]),
         retry_on=environment["RAY_SERVE_HAPROXY_RETRY_ON"],
+        retries=int(environment["RAY_SERVE_HAPROXY_RETRIES"]),
+        observe_error_limit=int(environment["RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT"]),
         is_head=True,
     )
     replicas = [ServerConfig(f"r{number}", "127.0.0.1", port) for number, port in enumerate(servers)]
-    backends = {"app": BackendConfig("app", "/", app_name="app", servers=replicas)} if servers else {}
+    fallback = ServerConfig("fallback", "127.0.0.1", 1)
+    app = BackendConfig("app", "/", app_name="app", servers=replicas, fallback_server=fallback)
+    backends = {"app": app} if servers else {}
     HAProxyApi(config, backends, str(file))._generate_config_file_internal()
 
 
 @asynccontextmanager
-async def proxy(folder: Path, *replicas: Replica) -> AsyncIterator[str]:
-    """HAProxy before `replicas`; its address."""
+async def proxy(folder: Path, *replicas: Replica, started: list[asyncio.Server] | None = None) -> AsyncIterator[str]:
+    """HAProxy before `replicas`, whose servers are put into `started`; its address."""
     environment = serve_environment(host="127.0.0.1", folder=folder)
-    servers = []
 
     def closing(replica: Replica) -> Replica:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -98,8 +101,9 @@ async def proxy(folder: Path, *replicas: Replica) -> AsyncIterator[str]:
 
         return serve
 
-    for replica in replicas:
-        servers.append(await asyncio.start_server(closing(replica), "127.0.0.1", 0))
+    servers = [await asyncio.start_server(closing(replica), "127.0.0.1", 0) for replica in replicas]
+    if started is not None:
+        started += servers
     port, file = free_port(), folder / "haproxy.cfg"
     write_config(file, port, [server.sockets[0].getsockname()[1] for server in servers], environment)
     process = await asyncio.create_subprocess_exec(
@@ -147,6 +151,21 @@ async def test_another_replica_is_asked_when_one_dies_with_a_small_request(folde
         answers = [await client.post("/predict", content=b"x" * 1000) for _ in range(8)]
 
     assert [(answer.status_code, answer.content) for answer in answers] == [(200, b'{"label":"x"}')] * 8
+
+
+async def test_the_death_of_the_only_replica_is_told(folder: Path) -> None:
+    servers: list[asyncio.Server] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while b"mortal" not in await read_request(reader):
+            writer.write(HEALTHY)
+        servers[0].close()
+
+    async with proxy(folder, serve, started=servers) as url, httpx.AsyncClient(base_url=url) as client:
+        for _ in range(3):
+            assert (await client.post("/predict", content=b"x")).status_code == 200
+        for body in (b"mortal", b"x", LARGE):
+            assert_is_unavailable(await client.post("/predict", content=body))
 
 
 @pytest.mark.parametrize("how", ["in one piece", "in chunks"])

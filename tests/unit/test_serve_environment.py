@@ -65,6 +65,7 @@ def test_the_script_closes_what_ray_leaves_open(folder: Path, tmp_path: Path) ->
         f"unix@{folder}/metrics.sock mode 600",
         "127.0.0.1:8000",
         f"unix@{folder}/stats.sock mode 600",
+        f"unix@{folder}/unavailable.sock mode 600",
     ]
     assert "mode 666" not in config.read_text()
     assert "514" not in config.read_text()
