@@ -69,8 +69,8 @@ class InferenceRoutes:
         identity = await service.gate.authorise(request, "predict")
         self._named(request)
         call = tensors.read_call(*await _body(request))
-        await service.gate.spend(identity, len(call.texts))
         deadline_s = service.deadline_s(request, is_bulk=len(call.texts) > INTERACTIVE_TEXTS)
+        await service.gate.spend(identity, len(call.texts))
         work = service.classifier.classify(call.texts, deadline_s=deadline_s, long_text=call.long_text)
         answer = await while_there(request, work)
         head = {"model_name": request.path_params["name"], "model_version": answer.bundle.version}

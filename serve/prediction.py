@@ -32,14 +32,14 @@ class PredictionRoutes:
         identity = await self._service.gate.authorise(request, "predict")
         value, asked = options.split(await bodies.read_json(request), "text")
         text = bodies.checked_text(value)
-        await self._service.gate.spend(identity, 1)
         if asked is not PLAIN:
-            (prediction,), _ = await self._predicted(request, [text], asked)
+            (prediction,), _ = await self._predicted(request, identity, [text], asked)
             if isinstance(prediction, Exception):
                 raise prediction
             return json_response(prediction)
-        timing = request.scope["overtone.timing"] = Timing()
         deadline_s = self._service.deadline_s(request, is_bulk=False)
+        await self._service.gate.spend(identity, 1)
+        timing = request.scope["overtone.timing"] = Timing()
         answer = await while_there(
             request,
             self._service.classifier.classify(
@@ -62,8 +62,7 @@ class PredictionRoutes:
             return self._streamed(request, identity, asked)
         value, asked = options.split(await bodies.read_json(request), "texts", asked)
         texts = bodies.checked_texts(value)
-        await self._service.gate.spend(identity, len(texts))
-        predictions, bundle = await self._predicted(request, texts, asked)
+        predictions, bundle = await self._predicted(request, identity, texts, asked)
         shown = [{"error": problem(request, item)} if isinstance(item, Exception) else item for item in predictions]
         response = json_response({"predictions": shown, "model_version": bundle.version})
         return await compressed(response, request.scope["headers"])
@@ -87,15 +86,16 @@ class PredictionRoutes:
         return StreamedAnswers(request, Stream(spend, classify, patience_s=deadline_s))
 
     async def _predicted(
-        self, request: Request, texts: list[str], asked: Options
+        self, request: Request, identity: Identity, texts: list[str], asked: Options
     ) -> tuple[list[dict[str, Any] | Exception], Bundle]:
         """The prediction of each text, or why it has none."""
         service = self._service
-        deadline_s = service.deadline_s(request, is_bulk=len(texts) > INTERACTIVE_TEXTS)
         if asked is not PLAIN:
             asked.check_labels(len(service.classifier.bundle.labels))
         if asked.explain:
-            return await self._explained(request, texts, asked, deadline_s)
+            return await self._explained(request, identity, texts, asked)
+        deadline_s = service.deadline_s(request, is_bulk=len(texts) > INTERACTIVE_TEXTS)
+        await service.gate.spend(identity, len(texts))
         timing = request.scope["overtone.timing"] = Timing()
         work = service.classifier.classify(
             texts,
@@ -108,7 +108,7 @@ class PredictionRoutes:
         return [_shown(answer.bundle, row, asked) for row in answer.rows], answer.bundle
 
     async def _explained(
-        self, request: Request, texts: list[str], asked: Options, deadline_s: float
+        self, request: Request, identity: Identity, texts: list[str], asked: Options
     ) -> tuple[list[dict[str, Any] | Exception], Bundle]:
         if len(texts) > MAX_TEXTS:
             problem = f"can be true for at most {MAX_TEXTS} texts a request"
@@ -116,6 +116,8 @@ class PredictionRoutes:
         classifier = self._service.classifier
         occlusions = await asyncio.to_thread(lambda: [occlusion(classifier.encoder, text) for text in texts])
         variants = [variant for item in occlusions for variant in item.variants]
+        deadline_s = self._service.deadline_s(request, is_bulk=False)
+        await self._service.gate.spend(identity, len(variants))
         work = classifier.classify(variants, deadline_s=deadline_s, long_text=asked.long_text)
         answer = await while_there(request, work)
         predictions: list[dict[str, Any] | Exception] = []

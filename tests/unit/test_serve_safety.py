@@ -86,6 +86,16 @@ async def predict(client: httpx.AsyncClient, *texts: str, **headers: str) -> htt
     return await client.post("/predict/batch", json={"texts": texts or ["love"]}, headers=headers)
 
 
+async def test_an_explained_text_counts_as_often_as_it_is_read(open_client: Open) -> None:
+    client = await open_client(LIMITED)  # 5 texts a day
+
+    short = await client.post("/predict", json={"text": "love it", "explain": True})
+    over = await client.post("/predict/batch", json={"texts": ["love", "hate"], "explain": True})
+
+    assert (short.status_code, over.status_code) == (200, 413)
+    assert '"texts-day";r=1;' in short.headers["ratelimit"]
+
+
 # --- headers
 
 
