@@ -223,6 +223,29 @@ def simulate(
     return run_simulate(_settings(), wanted, Console(), only_checks=check)
 
 
+@app.command()
+def cost(
+    predictions_per_day: Annotated[float, typer.Option(min=1, max=1e12, help="Texts a day, posts included.")],
+    posts_per_day: Annotated[
+        float | None, typer.Option(min=0, max=1e10, help="Of these, posts stored from X [default: the file's].")
+    ] = None,
+    prices: Annotated[Path, typer.Option(help="Prices, and what was measured.")] = Path("configs/cost.yaml"),
+    results: Annotated[
+        Path | None, typer.Option(help="Throughput of a benchmark, such as benchmarks/results/latest.json.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Estimate what a load costs a month, and what that hangs on."""
+    from overtone.cli.cost import load_prices, show_cost, with_results
+
+    table = load_prices(prices)
+    if results is not None:
+        table = with_results(table, results)
+    if posts_per_day is not None:
+        table = table.model_copy(update={"load": table.load.model_copy(update={"posts_per_day": posts_per_day})})
+    return show_cost(table, predictions_per_day, Console(), as_json=as_json)
+
+
 @database.command("upgrade")
 def database_upgrade() -> int:
     """Bring the tables to the version this program needs."""
