@@ -23,6 +23,10 @@ Priority = Literal["interactive", "bulk"]
 BULK_TURN = 4
 """While both priorities wait, every batch of this number starts from the oldest bulk row."""
 
+INTERACTIVE_WASTE = 8
+"""While both priorities wait, an interactive row may add so many times more padding than others: in the next batch it
+would wait for a whole one, which bulk rows fill."""
+
 _RATE_MEMORY = 0.9
 
 
@@ -118,10 +122,10 @@ Batch = list[tuple[Ticket[Row], int]]
 class Backlog(Generic[Row]):
     """All rows that wait, and the choice of the next batch among them.
 
-    The choice: the oldest row, of interactive requests first (of bulk ones every `BULK_TURN`th time), then again and
-    again the row of that priority that adds least padding, then likewise of the other one, until no further row fits
-    the budget or every one would add too much padding. So a row is never passed over by more batches than there were
-    rows before it.
+    The choice: the oldest row, of interactive requests first, then again and again the row of that priority that adds
+    least padding, then likewise of the other one, until no further row fits the budget or every one would add too much
+    padding. Every `BULK_TURN`th time, half of the budget is filled with bulk rows first. So a row is never passed over
+    by more batches than there were rows before it.
     """
 
     def __init__(self) -> None:
@@ -164,17 +168,21 @@ class Backlog(Generic[Row]):
         batch: Batch[Row] = []
         longest = 0
         expired: list[Ticket[Row]] = []
-        for queue in self._turn(now, expired):
-            longest = queue.fill(batch, longest, room, now, expired)
+        for queue, part in self._turn(room, now, expired):
+            longest = queue.fill(batch, longest, part, now, expired)
         return batch, expired
 
-    def _turn(self, now: float, expired: list[Ticket[Row]]) -> "tuple[_Queue[Row], _Queue[Row]]":
+    def _turn(self, room: "_Room", now: float, expired: list[Ticket[Row]]) -> "list[tuple[_Queue[Row], _Room]]":
+        """The queues that fill the next batch, in order, and the room that each may use."""
         interactive, bulk = self._queues["interactive"], self._queues["bulk"]
         if interactive.oldest(now, expired) is None or bulk.oldest(now, expired) is None:
             self._passed_over = 0
-            return (interactive, bulk) if interactive.waiting else (bulk, interactive)
+            return [(interactive, room), (bulk, room)]
         self._passed_over = (self._passed_over + 1) % BULK_TURN
-        return (interactive, bulk) if self._passed_over else (bulk, interactive)
+        mixed = [(interactive, _Room(room.budget_tokens, room.waste_tokens * INTERACTIVE_WASTE)), (bulk, room)]
+        if self._passed_over:
+            return mixed
+        return [(bulk, _Room(room.budget_tokens // 2, room.waste_tokens)), *mixed]
 
 
 @dataclass(frozen=True, slots=True)
