@@ -89,6 +89,20 @@ class Settings(BaseSettings):
         None, description="redis:// address of what replicas share: the counts of rate limits. Unset: in process."
     )
 
+    # --- retention
+    retention_posts_months: int = Field(
+        6, ge=0, le=1200, description="Whole months that retention keeps posts. 0 to 1200; 0: for ever."
+    )
+    retention_predictions_months: int = Field(
+        12, ge=0, le=1200, description="Whole months that retention keeps predictions. 0 to 1200; 0: for ever."
+    )
+    archive_url: str | None = Field(
+        None,
+        min_length=1,
+        description="Where retention keeps months as Parquet before it drops them: a folder, s3:// or gs://."
+        " Unset: nowhere.",
+    )
+
     # --- erasure
     erasure_signing_key: SecretStr | None = Field(
         None,

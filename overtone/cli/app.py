@@ -262,6 +262,17 @@ def database_check() -> int:
     return check_database(_settings(), Console())
 
 
+@database.command("retention")
+def database_retention(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be dropped.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Make the partitions of the next weeks, and archive and drop the months over the limits of the settings."""
+    from overtone.cli.retention import run_retention
+
+    return run_retention(_settings(), Console(), is_dry_run=dry_run, as_json=as_json)
+
+
 @keys.command("create")
 def keys_create(
     name: Annotated[str, typer.Option(help="What or who the key is for.")],
