@@ -73,15 +73,20 @@ def _fail(error: BaseException) -> int:
     return tell(error, Console(stderr=True), with_trace=_Globals.is_debugging)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        Console().print(__version__, highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _before(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     _Globals.is_debugging = debug
-    if version:
-        Console().print(__version__, highlight=False)
-        raise typer.Exit
 
 
 @app.command()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from overtone import __version__
 from overtone.cli.app import app
 from overtone.cli.cost import Prices, estimate, load_prices, sensitivity, with_results
 from overtone.errors import ConfigurationError
@@ -84,3 +85,7 @@ def test_the_command(tmp_path: Path) -> None:
     broken.write_text(FILE.read_text().replace("cores: 2", "cores: 0", 1))
     with pytest.raises(ConfigurationError, match=r"measured\.cores"):
         run("--prices", str(broken))
+
+
+def test_the_version_needs_no_command() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == __version__
