@@ -29,7 +29,7 @@ class ParquetArchive:
             raise ConfigurationError(f"ARCHIVE_URL: {address.partition('://')[0]} cannot be used ({error})") from error
 
     async def keep(self, name: str, rows: AsyncIterator[list[dict[str, Any]]]) -> int:
-        """Write all `rows` and return how many; the file has its name only when it is whole."""
+        """Write all `rows` and return how many. The file has its name only when it is whole; no rows leave no file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -48,6 +48,8 @@ class ParquetArchive:
             await asyncio.to_thread(self._files.mv, draft, final)
         else:
             await asyncio.to_thread(self._files.rm, draft)
+            if await asyncio.to_thread(self._files.exists, final):
+                await asyncio.to_thread(self._files.rm, final)
         return count
 
 

@@ -102,9 +102,17 @@ async def _drop_expired(
             )
         for name in expired(set(await detached(connection, table)), limits, now):
             if archive is not None:
-                report.archived_rows[name] = await archive(name, _rows_of(connection, name))
+                report.archived_rows[name] = await _archived(connection, name, archive)
             await connection.execute(f"DROP TABLE {SCHEMA}.{name}")
             report.dropped.append(name)
+
+
+async def _archived(connection: Connection, name: str, archive: Archive) -> int:
+    """Archive `name` as it is, again if something was erased from it meanwhile; return its rows."""
+    while True:
+        kept = await archive(name, _rows_of(connection, name))
+        if kept == await connection.fetchval(f"SELECT count(*) FROM {SCHEMA}.{name}"):
+            return kept
 
 
 async def _finish_detaching(connection: Connection) -> None:

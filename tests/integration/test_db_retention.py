@@ -9,6 +9,7 @@ import pytest
 
 from overtone.archive import ParquetArchive
 from overtone.db import Database
+from overtone.db.erasure import erase_posts
 from overtone.db.posts import write_dead_letter, write_posts
 from overtone.db.predictions import write_predictions
 from overtone.db.retention import Limits, expired, plan_retention, retain
@@ -61,6 +62,24 @@ async def test_old_months_are_archived_and_dropped(fresh_database: Database, tmp
     assert erase_from_folder(tmp_path / "archive", [OLD]) == 2
     again = await retain(fresh_database, LIMITS)
     assert (again.dropped, again.made, again.dead_letters) == ([], [], 0)
+
+
+async def test_what_is_erased_while_it_is_archived_is_in_no_archive(fresh_database: Database, tmp_path: Path) -> None:
+    await fill(fresh_database)
+    archive, erased = ParquetArchive(str(tmp_path)), False
+
+    async def keep(name: str, rows: Any) -> int:
+        nonlocal erased
+        count = await archive.keep(name, rows)
+        if not erased:
+            erased = True
+            await erase_posts(fresh_database, [OLD], reason="x")
+        return count
+
+    report = await retain(fresh_database, LIMITS, keep)
+    assert report.archived_rows == {"posts_2020_01": 1, "predictions_2020_01": 1}
+    for name in report.archived_rows:
+        assert pq.read_table(tmp_path / f"{name}.parquet")["post_id"].to_pylist() == [OLD + 1]
 
 
 async def test_an_archive_that_fails_loses_nothing(fresh_database: Database) -> None:
