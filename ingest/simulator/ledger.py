@@ -9,6 +9,9 @@ FOUND = 2
 GONE = 4
 """Deleted by its author, hidden, or of an author who is gone."""
 
+LEDGER_WINDOW_S = 900.0
+"""The window in which requests for the stream are counted: X's own, however short the limits' windows are."""
+
 
 class Ledger:
     """Marks by position in the timeline, which counts on for ever; the oldest are forgotten as the timeline does."""

@@ -20,7 +20,7 @@ from ingest.simulator.answers import bad_request, no_rules, refused
 from ingest.simulator.duties import ComplianceRoutes
 from ingest.simulator.faults import COMPLIANCE, Fault
 from ingest.simulator.feed import ON_CONNECTION, ON_POSTS, Feed, Source
-from ingest.simulator.ledger import FOUND, STREAMED, Ledger
+from ingest.simulator.ledger import FOUND, LEDGER_WINDOW_S, STREAMED, Ledger
 from ingest.simulator.limits import Window
 from ingest.simulator.matching import Rule, RuleSyntaxError, Subject, parse
 from ingest.simulator.options import LIMITS, SimulatorOptions
@@ -56,7 +56,7 @@ class Simulator:
         self._options = options
         self.rulebook = Rulebook(parse if options.evaluates_rules else None)
         self.timeline = Timeline(source, rate=options.rate, started_at=time.time(), limit=options.limit)
-        self.ledger = Ledger(options.window_s)
+        self.ledger = Ledger(LEDGER_WINDOW_S)
         self.redactions = Redactions(self.timeline, self.ledger, source, random.Random(f"redact:{options.seed}"))
         self._schedule = (scenario or Scenario()).schedule()
         self._windows = {name: Window(options.calls_per_window(name), options.window_s, time.time) for name in LIMITS}
