@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from serve import wire
 from serve.longtext import LONG_TEXT_POLICIES
-from serve.service import TIMEOUT_HEADER
+from serve.service import MIN_TIMEOUT_S, TIMEOUT_HEADER
 
 _JSON = "application/json"
 _PROBLEM_JSON = "application/problem+json"
@@ -40,7 +40,7 @@ _TIMEOUT = {
     "in": "header",
     "description": "Seconds in which the texts must reach the engine, else 504; at most what the service allows. Of a "
     "streamed batch: each chunk of lines.",
-    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 999_999_999},
+    "schema": {"type": "number", "minimum": MIN_TIMEOUT_S, "maximum": 1_000_000},
     "example": 2.5,
 }
 

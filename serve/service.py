@@ -22,6 +22,7 @@ from serve.tracing import Tracing
 
 TIMEOUT_HEADER = "X-Request-Timeout-S"
 """In how many seconds the caller needs the answer."""
+MIN_TIMEOUT_S = 0.01
 _TIMEOUT_HEADER = TIMEOUT_HEADER.lower().encode()
 _SECONDS = re.compile(rb"(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][+-]?\d{1,3})?")
 
@@ -60,14 +61,14 @@ class Service:
         """Seconds in which the texts of `request` are to reach the engine: the caller's choice, up to the service's.
 
         Raises:
-            InvalidInputError: the header that says it is no positive number.
+            InvalidInputError: the header that says it is no number, or less than `MIN_TIMEOUT_S`.
         """
         longest = self.bulk_deadline_s if is_bulk else self.interactive_deadline_s
         for name, value in request.scope["headers"]:
             if name == _TIMEOUT_HEADER:
                 seconds = float(value) if _SECONDS.fullmatch(value) else 0.0
-                if seconds <= 0:
-                    raise invalid([FieldError(TIMEOUT_HEADER, "must be a positive number of seconds")])
+                if seconds < MIN_TIMEOUT_S:
+                    raise invalid([FieldError(TIMEOUT_HEADER, f"must be a number of seconds from {MIN_TIMEOUT_S} up")])
                 return min(seconds, longest)
         return longest
 
