@@ -33,6 +33,8 @@ erasure = typer.Typer(help="Erase posts and authors for good, with a receipt.", 
 app.add_typer(erasure, name="erase")
 exports = typer.Typer(help="What is stored about one author.", no_args_is_help=True)
 app.add_typer(exports, name="export")
+compliance = typer.Typer(help="What X wants removed.", no_args_is_help=True)
+app.add_typer(compliance, name="compliance")
 models = typer.Typer(help="The bundles that are served, and a challenger on trial.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(k8s, name="k8s")
@@ -439,6 +441,19 @@ def erase_verify(
     from overtone.cli.erase import check_receipt
 
     return check_receipt(_settings(), receipt, Console(), trusted=public_key, as_json=as_json)
+
+
+@compliance.command("sweep")
+def compliance_sweep(
+    ingest: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="YAML options of the ingestion; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Ask X about all stored posts in batch compliance jobs, and remove what must go."""
+    from overtone.cli.compliance import sweep_once
+
+    return sweep_once(_settings(), tuple(ingest or ()), Console(), as_json=as_json)
 
 
 @exports.command("author")

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from ingest.compliance import Action, ComplianceApi, ComplianceKeeper, Enforcer, actions_of, actions_of_job, sweep
 from ingest.options import ComplianceOptions
@@ -21,6 +22,7 @@ from ingest.simulator import Simulator, SimulatorOptions
 from ingest.simulator.faults import Fault
 from ingest.timeline import author_id_of
 from ingest.waiting import until_true
+from overtone.cli.app import app
 from overtone.db import Database
 from overtone.db.posts import write_posts
 from overtone.erasure import Eraser, open_eraser
@@ -143,6 +145,24 @@ async def test_a_sweep_removes_what_is_gone(world: World) -> None:
         assert before == 0 or await world.places() == 0
         again = await sweep(api, Enforcer(world.eraser), world.eraser, QUICK)
         assert set(again.reasons) <= {"scrub_geo"}
+
+
+async def test_the_command_sweeps_once(
+    world: World, fresh_postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quick.yaml").write_text("compliance: {poll_s: 0.05}")
+    for name, value in {
+        "DATABASE_URL": fresh_postgres_url,
+        "X_API_BASE_URL": world.url,
+        "TWITTER_BEARER_TOKEN": "t",
+        "OVERTONE_HOME": str(tmp_path / "home"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    world.simulator.inflict(Fault(kind="delete", amount=7))
+    arguments = ["compliance", "sweep", "--json", "--ingest", str(tmp_path / "quick.yaml")]
+    done = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+    assert json.loads(done.stdout) == {"asked": 100, "reasons": {"deleted": 7}}
+    assert await world.stored() == world.left()
 
 
 async def test_a_sweep_that_is_refused_says_so(world: World) -> None:
