@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import csv
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from overtone.settings import load_settings
 from serve.environment import haproxy_pids, runtime_folder, serve_environment
 
 SECRET = "ovt_cluster-test"
+FIRST_PORT = 31500
 LIKED = "I love this"
 DISLIKED = "I hate this, it is horrible and awful"
 
@@ -88,6 +90,24 @@ class Stack:
                 if "ServeReplica" in " ".join(process.cmdline()):
                     found.append(process)
         return found
+
+    def listening(self) -> set[int]:
+        """The ports on which replicas answer HTTP."""
+        ports = set()
+        for process in self.replicas():
+            with contextlib.suppress(psutil.Error):
+                found = process.net_connections(kind="tcp")
+                ports |= {it.laddr.port for it in found if it.status == psutil.CONN_LISTEN}
+        return {port for port in ports if FIRST_PORT <= port <= FIRST_PORT + 1000}
+
+    def up(self) -> set[int]:
+        """The ports of the replicas to which HAProxy sends requests."""
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.connect(str(next(self.folder.rglob("admin.sock"))))
+            admin.sendall(b"show stat\n")
+            text = b"".join(iter(lambda: admin.recv(65536), b"")).decode().removeprefix("# ")
+        rows = csv.DictReader(text.splitlines())
+        return {int(row["addr"].rpartition(":")[2]) for row in rows if row["status"] == "UP" and ":" in row["addr"]}
 
     def stop(self) -> None:
         """Stop every process, first asking."""
@@ -160,7 +180,7 @@ def stack(postgres_url: str, serving_bundle: Bundle) -> Iterator[Stack]:
     stack = Stack(folder, free_port(), {}, free_port(), metrics_folder)
     stack.environment.update(
         os.environ,
-        **serve_environment(host="127.0.0.1", folder=folder, first_replica_port=31500),
+        **serve_environment(host="127.0.0.1", folder=folder, first_replica_port=FIRST_PORT),
         OVERTONE_HOME=str(home),
         OVERTONE_TEST_STACK=str(folder),
         DATABASE_URL=postgres_url,
@@ -303,25 +323,60 @@ def asking(stack: Stack, clients: int = 8) -> Iterator[list[tuple[int, str]]]:
         client.result()
 
 
-def test_a_replica_killed_under_load_costs_no_answer_and_is_replaced(stack: Stack) -> None:
-    before = {process.pid for process in stack.replicas()}
-    assert len(before) == 2
-    killed = min(before)
+@pytest.mark.timeout(600)
+def test_twenty_replicas_killed_under_load_fail_only_what_they_held(stack: Stack) -> None:
+    large = ["x " * 1000] * 60  # more than HAProxy can send to another replica again
+    calls = [("/predict", {"text": LIKED})] * 6 + [("/predict/batch", {"texts": large})] * 2
+    answered = dict.fromkeys({path for path, _ in calls}, 0)
+    failed: list[httpx.Response] = []
+    broken: list[str] = []
+    done = threading.Event()
 
-    with asking(stack) as answers:
-        until(lambda: len(answers) >= 50)
-        os.kill(killed, signal.SIGKILL)
-        until(lambda: len({process.pid for process in stack.replicas()} - {killed}) == 2)
-        answered = len(answers)
-        until(lambda: len(answers) >= answered + 50)
+    def ask(path: str, body: dict[str, object]) -> None:
+        with stack.client() as client:  # whose time limit is what an answer may take
+            while not done.is_set():
+                try:
+                    answer = client.post(path, json=body)
+                except httpx.HTTPError as error:
+                    broken.append(f"{path}: {error!r}")
+                    continue
+                if answer.status_code == 200:
+                    answered[path] += 1
+                else:
+                    failed.append(answer)
 
-    assert {status for status, _ in answers} == {200}
+    with ThreadPoolExecutor(len(calls)) as pool:
+        asking = [pool.submit(ask, *call) for call in calls]
+        try:
+            for _ in range(20):
+                until(lambda: len(stack.listening()) == 2 and stack.listening() == stack.up(), 60)
+                before = answered["/predict"]
+                os.kill(min(process.pid for process in stack.replicas()), signal.SIGKILL)
+                until(lambda before=before: answered["/predict"] >= before + 20)
+        except TimeoutError:
+            broken.append(f"nothing is answered any more: {answered}, {[answer.text for answer in failed[-3:]]}")
+        finally:
+            done.set()
+    for client in asking:
+        client.result()
+
+    assert broken == []
+    assert answered["/predict/batch"] > 20
+    shown = [(answer.status_code, answer.headers.get("retry-after"), answer.text) for answer in failed]
+    assert {(status, json.loads(text)["code"]) for status, _, text in shown} <= {(503, "unavailable")}, shown
+    assert all(retry_after for _, retry_after, _ in shown), shown
+    assert {str(answer.request.url.path) for answer in failed} <= {"/predict/batch"}
+    assert len(failed) <= 20 * 2
+
+
+def is_ready(stack: Stack) -> bool:
+    return httpx.get(f"{stack.url}/ready").status_code == 200
 
 
 def test_another_bundle_is_rolled_out_without_a_new_process_or_a_lost_request(
     stack: Stack, serving_bundle: Bundle, other_bundle: Bundle
 ) -> None:
-    until(lambda: httpx.get(f"{stack.url}/ready").status_code == 200)
+    until(lambda: len(stack.replicas()) == 2 and is_ready(stack))
     before = {process.pid for process in stack.replicas()}
 
     with asking(stack) as answers:
