@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from overtone import __version__
+from overtone.cli.backup import app as backups
 from overtone.cli.k8s import app as k8s
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app.add_typer(compliance, name="compliance")
 models = typer.Typer(help="The bundles that are served, and a challenger on trial.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(k8s, name="k8s")
+app.add_typer(backups, name="backup")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
