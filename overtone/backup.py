@@ -218,7 +218,7 @@ async def _count(url: str) -> dict[str, int]:
 
 async def _rows(connection: Any) -> dict[str, int]:
     tables = await connection.fetch(
-        "SELECT relname FROM pg_class WHERE relnamespace = 'overtone'::regnamespace AND relkind IN ('r', 'p')"
+        "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('overtone') AND relkind IN ('r', 'p')"
         " AND NOT relispartition ORDER BY 1"
     )
     return {name: await connection.fetchval(f'SELECT count(*) FROM overtone."{name}"') for (name,) in tables}
