@@ -117,17 +117,25 @@ class Settings(BaseSettings):
 
     # --- tracking of training runs
     mlflow_tracking_uri: str | None = Field(
-        None, description="MLflow server or store where training runs are recorded. Unset: runs are not recorded."
+        None,
+        description="MLflow server or store of training runs and bundles. Unset: SQLite and a folder in OVERTONE_HOME.",
     )
     mlflow_experiment_name: str = Field(
         "overtone", min_length=1, max_length=200, description="MLflow experiment. 1 to 200 characters."
     )
-    wandb_api_key: SecretStr | None = Field(None, description="Weights & Biases key. Checked; reserved, not used yet.")
+    mlflow_model_name: str = Field(
+        "overtone",
+        pattern=r"^[A-Za-z0-9._-]{1,200}$",
+        description="Registered model whose versions are the bundles. 1 to 200 letters, digits, dots, dashes, lines.",
+    )
+    wandb_api_key: SecretStr | None = Field(
+        None, description="Weights & Biases key: metrics of training runs go there too. Needs the package wandb."
+    )
     wandb_project: str = Field(
         "overtone",
         min_length=1,
         max_length=128,
-        description="Weights & Biases project. 1 to 128 characters. Checked; reserved, not used yet.",
+        description="Weights & Biases project. 1 to 128 characters.",
     )
 
     # --- training; a value set here wins over the same value of the YAML file

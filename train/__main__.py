@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from train.export import Exported
+    from train.evaluation import Evaluation
+    from train.tracking import Tracker
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,6 +45,11 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
         str | None,
         typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to train on. Default: one of this process's own."),
     ] = None,
+    register: Annotated[bool, typer.Option(help="Register the bundle as challenger.")] = False,
+    gate: Annotated[
+        Path | None,
+        typer.Option(help="Register the bundle, and promote it if it beats the champion on these texts, kept apart."),
+    ] = None,
 ) -> None:
     """Fine-tune an encoder on Ray Train and export it as a bundle: fused, int8, calibrated, checked."""
     console = Console(stderr=True)
@@ -54,7 +60,13 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
         chosen = load_config(config, settings, assignments)
         name = run_name or f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
         where = storage or str(settings.home / "runs")
-        _Job(chosen, settings, console, train, validation, output).run(name, where, address)
+        job = _Job(chosen, settings, console, train, validation, output)
+        job.run(name, where, address, registers=register or gate is not None)
+        if gate:
+            from train.gate import CHALLENGER, CHAMPION, decide_and_promote, load_rules, show_decision
+
+            decision = decide_and_promote(settings, CHALLENGER, CHAMPION, gate, load_rules(None))
+            show_decision(console, decision)
     except OvertoneError as error:
         console.print(f"[red]error:[/red] {error.message}", highlight=False)
         raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from None
@@ -69,7 +81,7 @@ class _Job:
         self.config, self.settings, self.console = config, settings, console
         self.train, self.validation, self.output = train, validation, output
 
-    def run(self, name: str, storage: str, address: str | None) -> None:
+    def run(self, name: str, storage: str, address: str | None, *, registers: bool) -> None:
         # Data and folders are checked before the libraries that take seconds to import.
         split = read_split(self.train, self.validation, self.config.data.labels)
         self.console.print(
@@ -100,9 +112,25 @@ class _Job:
 
                 spec = RunSpec(name, self.train, self.validation, storage, soft_labels)
                 best = run_training(self.config, spec, follow, weights)
-            exported = self._publish(weights, split, best)
-            tracker.metrics({"bundle_macro_recall": exported.scores.macro_recall}, best["step"])
-            tracker.bundle(self.output)
+            found = self._publish(weights, split, best)
+            self._record(tracker, found, split, best["step"], registers=registers)
+
+    def _record(self, tracker: "Tracker", found: "Evaluation", split: Split, step: int, *, registers: bool) -> None:
+        from train.report import write_report
+
+        figures = {
+            "macro_recall": found.scores.macro_recall,
+            "macro_f1": found.scores.macro_f1,
+            "ece": found.scores.ece,
+        }
+        tracker.metrics({f"bundle_{name}": value for name, value in figures.items()}, step)
+        tracker.tags({"train_sha256": split.train.sha256, "validation_sha256": split.validation.sha256})
+        with tempfile.TemporaryDirectory(prefix="overtone-") as folder:
+            write_report(Path(folder), found)
+            tracker.files(Path(folder), "report")
+        registered = tracker.bundle(self.output, as_challenger=registers)
+        if registered:
+            self.console.print(f"registered as version {registered.version}, the challenger", highlight=False)
 
     def _soft_labels(self, split: Split) -> "NDArray[np.float32] | None":
         teachers = self.config.distillation.teachers
@@ -120,7 +148,7 @@ class _Job:
             labels, precision = len(self.config.data.labels), self.config.model.precision
             return soft_labels(teachers, split.train, texts, labels, progress, precision=precision)
 
-    def _publish(self, weights: Path, split: Split, best: dict[str, Any]) -> "Exported":
+    def _publish(self, weights: Path, split: Split, best: dict[str, Any]) -> "Evaluation":
         from train.publish import publish
 
         self.console.print(f"exporting the checkpoint of step {best['step']}")

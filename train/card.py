@@ -5,17 +5,20 @@ from typing import Any
 
 from overtone.bundle import Bundle
 from train.config import TrainConfig
+from train.evaluation import Evaluation
 from train.export import Exported
 
 
-def render(exported: Exported, config: TrainConfig, command: str) -> str:
-    """The card of `exported`, trained by `command` (shown as it is)."""
+def render(exported: Exported, found: Evaluation, config: TrainConfig, command: str) -> str:
+    """The card of `exported`, trained by `command` (shown as it is); `found` is of the validation texts."""
     bundle = exported.bundle
     parts = [
         f"# {bundle.name}",
         _summary(bundle, config),
         "## Training data\n\n" + config.card.data.strip() + "\n\n" + _data_table(bundle.metrics.get("data", {})),
-        "## Results on the validation texts\n\n" + _results(exported),
+        "## Results on the validation texts\n\n" + _results(exported, found),
+        "### By kind of text\n\n" + _slices(found),
+        "### Under changes that leave the meaning\n\n" + _robustness(found),
         "## Calibration\n\n" + _calibration(exported),
         "## Training\n\n" + _training(bundle.metrics.get("training", {}), config, command),
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in (*config.card.limits, *_common_limits(bundle))),
@@ -44,7 +47,7 @@ def _data_table(data: Mapping[str, Any]) -> str:
     return table + f"\n\nLeft out of training because validation holds the same text: {data.get('leaked', 0)}."
 
 
-def _results(exported: Exported) -> str:
+def _results(exported: Exported, found: Evaluation) -> str:
     scores, reference = exported.scores, exported.reference
     overall = _table(
         ["model", "macro-averaged recall", "macro F1", "accuracy"],
@@ -67,7 +70,26 @@ def _results(exported: Exported) -> str:
         ["true label", *(f"predicted {name}" for name in scores.per_label)],
         [[name, *map(str, row)] for name, row in zip(scores.per_label, scores.confusion, strict=True)],
     )
-    return "\n\n".join([overall, labels, confusion])
+    recall = found.intervals["macro_recall"]
+    sure = f"95 % confidence interval of macro-averaged recall: {recall.low:.3f} to {recall.high:.3f}."
+    return "\n\n".join([overall, sure, labels, confusion])
+
+
+def _slices(found: Evaluation) -> str:
+    rows = [
+        [name.replace("_", " "), str(one.rows), *_figures(recall.value, recall.low, recall.high)]
+        for name, one in found.slices.items()
+        for recall in [one.macro_recall]
+    ]
+    return _table(["texts", "number", "macro-averaged recall", "95 % from", "to"], rows)
+
+
+def _robustness(found: Evaluation) -> str:
+    rows = [
+        [name.replace("_", " "), *_figures(one.macro_recall), f"{one.change:+.3f}", f"{one.same_label:.1%}"]
+        for name, one in found.robustness.items()
+    ]
+    return _table(["change", "macro-averaged recall", "against unchanged", "same label"], rows)
 
 
 def _calibration(exported: Exported) -> str:

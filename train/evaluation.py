@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -111,7 +111,7 @@ class Reader:
 
 
 def measure(bundle: Bundle, data: LabelledTexts, *, with_robustness: bool = True) -> Evaluation:
-    """Everything but the baselines of `bundle` on `data`, whose texts are taken as they were written.
+    """Everything but the baselines of `bundle` on `data`, whose texts are taken as they were written, if it has them.
 
     Changed texts are classified six times over, which `with_robustness` can leave out.
 
@@ -119,6 +119,7 @@ def measure(bundle: Bundle, data: LabelledTexts, *, with_robustness: bool = True
         BundleError: the model cannot be loaded.
         EngineError: the model fails on a text.
     """
+    data = replace(data, raw=data.raw or data.texts)
     with Reader(bundle) as reader:
         calibrated, speed = reader.timed(data.raw)
         robustness = _robustness(reader, data, calibrated) if with_robustness else {}

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split
-from train.export import CARD_FILE, Exported, export_bundle
+from train.evaluation import Evaluation, measure
+from train.export import CARD_FILE, export_bundle
 
 
 def publish(
@@ -20,14 +21,16 @@ def publish(
     training: Mapping[str, Any],
     command: str,
     console: Console,
-) -> Exported:
+) -> Evaluation:
     """Make `output` the bundle and card of the model in `weights`; `training` and `command` are recorded in them.
+
+    Returns what was measured of the bundle on the validation texts.
 
     Raises:
         OvertoneError: see `export_bundle`.
     """
     from train.card import render
-    from train.evaluate import show
+    from train.evaluate import show_evaluation
 
     facts = {
         "data": {
@@ -43,10 +46,11 @@ def publish(
         },
     }
     exported = export_bundle(weights, output, config, split, facts)
-    (output / CARD_FILE).write_text(render(exported, config, command), encoding="utf-8")
-    show(console, exported.scores, f"{exported.bundle.version} on validation")
+    found = measure(exported.bundle, split.validation)
+    (output / CARD_FILE).write_text(render(exported, found, config, command), encoding="utf-8")
+    show_evaluation(console, found)
     console.print(f"bundle written to {output}")
-    return exported
+    return found
 
 
 def _counts(texts: LabelledTexts, config: TrainConfig) -> dict[str, int]:

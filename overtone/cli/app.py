@@ -384,21 +384,6 @@ def audit_list(
     return show_audit(_settings(), Console(), newest=newest, action=action, as_json=as_json)
 
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the bundles and say what would be done.")]
-Name = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder, or challenger, previous or default.")]
-Share = Annotated[float, typer.Argument(min=0.0, max=1.0, help="Share of requests, 0 to 1; 0 ends it.")]
-Challenger = Annotated[
-    str | None, typer.Option("--bundle", metavar="FOLDER", help="The challenger [default: the one on trial].")
-]
-
-
-@models.command("list")
-def models_list(as_json: AsJson = False) -> int:
-    """Show what each replica serves; exit code 8 if a bundle was refused or a canary taken back."""
-    from overtone.cli.models import list_models
-
-    return list_models(_settings(), Console(), as_json=as_json)
-
 PostId = Annotated[int, typer.Argument(metavar="ID", help="Id of the post.")]
 AuthorId = Annotated[int, typer.Argument(metavar="ID", help="Id of the author.")]
 Preview = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
@@ -471,6 +456,21 @@ def export_author(
     return run_export(_settings(), author, output, Console())
 
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the bundles and say what would be done.")]
+Name = Annotated[str, typer.Argument(metavar="BUNDLE", help="A folder, or challenger, previous or default.")]
+Share = Annotated[float, typer.Argument(min=0.0, max=1.0, help="Share of requests, 0 to 1; 0 ends it.")]
+Challenger = Annotated[
+    str | None, typer.Option("--bundle", metavar="FOLDER", help="The challenger [default: the one on trial].")
+]
+
+
+@models.command("list")
+def models_list(as_json: AsJson = False) -> int:
+    """Show what each replica serves; exit code 8 if a bundle was refused or a canary taken back."""
+    from overtone.cli.models import list_models
+
+    return list_models(_settings(), Console(), as_json=as_json)
+
 
 @models.command("promote")
 def models_promote(bundle: Name = "challenger", dry_run: DryRun = False, as_json: AsJson = False) -> int:
@@ -487,6 +487,19 @@ def models_rollback(dry_run: DryRun = False, as_json: AsJson = False) -> int:
     from overtone.cli.models import order
 
     return order(_settings(), lambda rollout: rollout.rolled_back(), Console(), is_dry_run=dry_run, as_json=as_json)
+
+
+@models.command("pull")
+def models_pull(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="champion, challenger, previous, a number or a bundle's version.")
+    ] = "champion",
+    as_json: AsJson = False,
+) -> int:
+    """Fetch a bundle from the MLflow registry into OVERTONE_HOME/bundles and print its folder."""
+    from overtone.cli.models import pull
+
+    return pull(_settings(), name, Console(), as_json=as_json)
 
 
 @models.command("shadow")

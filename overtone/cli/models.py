@@ -2,7 +2,7 @@
 
 An order is written down in the home, so that the next start keeps it, then given to the running replicas as Serve's
 `user_config`. It is done when every replica says that it carried it out; if one refuses the bundle, the order before is
-given again.
+given again. Then the aliases of the registry follow, where there is one.
 """
 
 import json
@@ -25,7 +25,8 @@ from overtone.cli.plan import api_url, ray_variables
 from overtone.cli.rollout import Rollout, load_rollout, load_running, save_rollout
 from overtone.cli.state import RunFolder
 from overtone.engine import check_golden, open_engine
-from overtone.errors import BundleError, ConfigurationError, OvertoneError, UnavailableError
+from overtone.errors import BundleError, ConfigurationError, NotFoundError, OvertoneError, UnavailableError
+from overtone.registry import Registry, is_in_use
 from overtone.settings import Settings, environment_for
 from serve.environment import runtime_folder
 
@@ -76,15 +77,55 @@ def order(settings: Settings, change: Change, console: Console, *, is_dry_run: b
         if is_up:
             _carry_out(settings, old, new)
     state = "checked, nothing changed" if is_dry_run else "done" if is_up else "takes effect at the next start"
+    registered = None if is_dry_run or new.champion == old.champion else _follow(settings, new)
     if as_json:
-        console.print_json(json.dumps({"state": state, "rollout": asdict(new)}))
+        console.print_json(json.dumps({"state": state, "rollout": asdict(new), "registry": registered}))
         return 0
     console.print(f"champion    {escape(new.champion or 'default')}", highlight=False, soft_wrap=True)
     if new.challenger:
         shares = f"shadow {new.shadow:.0%}, canary {new.canary:.0%}"
         console.print(f"challenger  {escape(new.challenger)}  {shares}", highlight=False, soft_wrap=True)
+    if registered:
+        console.print(f"registry    {escape(registered)}", highlight=False, soft_wrap=True)
     console.print(f"[green]{state}[/]")
     return 0
+
+
+def pull(settings: Settings, name: str, console: Console, *, as_json: bool) -> int:
+    """Fetch a bundle from the registry and print its folder.
+
+    Raises:
+        EnvironmentProblemError: MLflow is not installed.
+        NotFoundError: the registry has no such version.
+    """
+    if not is_in_use(settings):
+        raise NotFoundError(
+            "There is no registry: set MLFLOW_TRACKING_URI, or train with `python -m train --register`."
+        )
+    registry = Registry(settings)
+    found = registry.resolve(name)
+    folder = str(registry.fetch(found).path)
+    if as_json:
+        console.print_json(json.dumps({"folder": folder, "version": found.bundle_version, "registry": found.version}))
+    else:
+        console.print(escape(folder), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _follow(settings: Settings, new: Rollout) -> str | None:
+    """Move the aliases of the registry to what is served now; what became of that, for people.
+
+    Serving comes first: replicas have swapped already, so a registry that is away is told and fails nothing.
+    """
+    if not is_in_use(settings):
+        return None
+    champion = _bundle(settings, new.champion).version
+    previous = _bundle(settings, new.previous).version if new.has_previous else None
+    try:
+        found = Registry(settings).follow(champion, previous)
+    except OvertoneError as error:
+        return f"its aliases were not moved: {error.message}"
+    return f"version {found.version} is the champion" if found else f"{champion} is not in it; it has no champion now"
 
 
 def _require_fit(settings: Settings, folder: str | None, champion: str | None) -> None:
