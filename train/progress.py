@@ -48,7 +48,7 @@ class RunProgress:
                 speed=f"{metrics['texts_per_s']:.0f}",
             )
         if "macro_recall" in metrics or not self._bar:
-            self._console.print(line(metrics), highlight=False)
+            self._console.print(line(metrics), highlight=False, soft_wrap=True)
 
 
 @contextmanager

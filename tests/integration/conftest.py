@@ -1,7 +1,8 @@
 """What integration tests share: a made-up language of three moods, and an encoder small enough to train in seconds."""
 
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,18 @@ def make_moods() -> Callable[[Path, int], None]:
         make_texts(folder / "validation.tsv", 60, seed=2)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def mlflow_as_before() -> Iterator[None]:
+    """MLflow writes the store it is set to into the environment, where settings and child processes of later tests
+    would find it."""
+    import mlflow
+
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    yield
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]
+    os.environ.update(before)

@@ -18,7 +18,11 @@ from overtone.settings import Settings, environment_for, load_settings
 from train.config import TrainConfig
 from train.tracking import tracked_run
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("mlflow_as_before"),
+]
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.timeout(300),
     # What MLflow and the libraries under it say of each other.
     pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("mlflow_as_before"),
 ]
 
 CONFIG = TrainConfig(name="moods")
@@ -169,7 +170,8 @@ def test_mlflow_serves_a_version_without_this_repository(
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # MLflow starts `uvicorn` by its name.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri(settings), "PATH": path}
+    store = tracking_uri(settings)
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": store, "MLFLOW_REGISTRY_URI": store, "PATH": path}
     # Away from this folder, so that `overtone` is what the model brings.
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log, process_group=0)
