@@ -100,10 +100,12 @@ def _measure(kind: str, folder: Path, steps: int, name: str) -> float:
     from train.job import RunSpec, ray_cluster, run_training
 
     assigned = {"two workers": {"cluster.workers": 2}, "random batches": {"data.group_batches": 1}}.get(kind, {})
-    spec = RunSpec(name, folder / "train.tsv", folder / "validation.tsv", str(folder / "runs"))
+    config = _config(steps, **assigned)
+    split = read_split(folder / "train.tsv", folder / "validation.tsv", config.data.labels)
+    spec = RunSpec(name, split, str(folder / "runs"))
     speed = _Speed()
     with ray_cluster(None):
-        run_training(_config(steps, **assigned), spec, speed.report, folder / f"weights-{name}")
+        run_training(config, spec, speed.report, folder / f"weights-{name}")
     return speed.value()
 
 

@@ -15,7 +15,8 @@ from overtone.errors import ConfigurationError, OvertoneError
 from overtone.logging import configure
 from overtone.settings import Settings, load_settings
 from train.config import TrainConfig, load_config
-from train.data import Split, read_split
+from train.data import Split, build_split
+from train.sources import read_rows, report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     config: Annotated[Path, typer.Option(help="Training file, such as configs/train/tweets.yaml.")],
-    train: Annotated[Path, typer.Option(help="Training texts: tab-separated, columns label and text.")],
+    train: Annotated[
+        Path, typer.Option(help="Training texts, .tsv, .csv, .jsonl or .parquet: columns label and text.")
+    ],
     validation: Annotated[Path, typer.Option(help="Validation texts, in the same form.")],
     output: Annotated[Path, typer.Option(help="Folder for the bundle; a bundle in it is replaced.")],
     assign: Annotated[list[str] | None, typer.Option("--set", help="Override a value: section.name=value.")] = None,
@@ -83,11 +86,7 @@ class _Job:
 
     def run(self, name: str, storage: str, address: str | None, *, registers: bool) -> None:
         # Data and folders are checked before the libraries that take seconds to import.
-        split = read_split(self.train, self.validation, self.config.data.labels)
-        self.console.print(
-            f"{len(split.train)} training texts ({split.leaked} left out that validation holds), "
-            f"{len(split.validation)} validation texts"
-        )
+        split = self._read()
         try:
             from train.export import require_bundle_folder
             from train.job import RunSpec, ray_cluster, run_training
@@ -110,10 +109,25 @@ class _Job:
                     progress.report(metrics)
                     tracker.metrics(metrics, metrics["step"])
 
-                spec = RunSpec(name, self.train, self.validation, storage, soft_labels)
+                spec = RunSpec(name, split, storage, soft_labels)
                 best = run_training(self.config, spec, follow, weights)
             found = self._publish(weights, split, best)
             self._record(tracker, found, split, best["step"], registers=registers)
+
+    def _read(self) -> Split:
+        from train.snapshot import write_snapshot
+
+        names = self.config.data.labels
+        training, validation = read_rows(self.train, names), read_rows(self.validation, names)
+        split = build_split([training], validation, names, leaks=self.config.data.leaks)
+        self.console.print(f"{len(split.train)} training texts, {len(split.validation)} validation texts")
+        if split.dropped:
+            self.console.print(
+                f"left out of training:\n{report(split.dropped)}", highlight=False, markup=False, soft_wrap=True
+            )
+        place = write_snapshot(self.settings.home / "snapshots", split, [training, validation], names)
+        self.console.print(f"snapshot {place}", highlight=False, soft_wrap=True)
+        return split
 
     def _record(self, tracker: "Tracker", found: "Evaluation", split: Split, step: int, *, registers: bool) -> None:
         from train.report import write_report
@@ -124,7 +138,8 @@ class _Job:
             "ece": found.scores.ece,
         }
         tracker.metrics({f"bundle_{name}": value for name, value in figures.items()}, step)
-        tracker.tags({"train_sha256": split.train.sha256, "validation_sha256": split.validation.sha256})
+        hashes = {"train": split.train.sha256, "validation": split.validation.sha256, "snapshot": split.snapshot}
+        tracker.tags({f"{name}_sha256": digest for name, digest in hashes.items()})
         with tempfile.TemporaryDirectory(prefix="overtone-") as folder:
             write_report(Path(folder), found)
             tracker.files(Path(folder), "report")

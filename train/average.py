@@ -63,7 +63,7 @@ def command(
         settings = load_settings()
         configure("train", settings.log_level, settings.log_format)
         chosen = load_config(config, settings, assign or [])
-        split = read_split(train, validation, chosen.data.labels)
+        split = read_split(train, validation, chosen.data.labels, leaks=chosen.data.leaks)
         with tempfile.TemporaryDirectory(prefix="overtone-") as scratch:
             mean = Path(scratch) / "weights"
             average_weights(weights, mean)

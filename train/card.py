@@ -44,7 +44,8 @@ def _data_table(data: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     table = _table(["split", "texts", *data["validation"]], rows)
-    return table + f"\n\nLeft out of training because validation holds the same text: {data.get('leaked', 0)}."
+    dropped = "; ".join(f"{reason}: {count}" for reason, count in data.get("dropped", {}).items()) or "nothing"
+    return table + f"\n\nLeft out of training: {dropped}. Content hash of the data: `{data.get('snapshot', '')}`."
 
 
 def _results(exported: Exported, found: Evaluation) -> str:

@@ -46,6 +46,8 @@ class DataConfig(Section):
     """How rows become training texts."""
 
     labels: tuple[str, ...] = Field(LABELS, min_length=2)
+    leaks: Literal["stop", "drop"] = "stop"
+    """Whether training texts that validation holds word by word stop the run, or are only left out."""
     drop_links: float = Field(0.0, ge=0, le=1)
     """Chance that a text loses its links for one epoch, so that the model does not lean on their being there."""
     drop_mentions: float = Field(0.0, ge=0, le=1)

@@ -1,23 +1,26 @@
-"""Labelled texts: read from a file, checked, normalised, encoded and cut into batches. No torch in here."""
+"""Labelled texts: checked, split, normalised and cut into batches. No torch in here."""
 
-import csv
 import hashlib
 import random
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from overtone.errors import DataError
 from overtone.text import normalise
+from train.cleaning import content_hash, merge_labels, without_validation
+from train.sources import Finding, Row, Rows, read_rows, report, require_classes
 
 _LINK = re.compile(r"(?:^|(?<=\s))http(?=\s|$) ?")
 _MENTION = re.compile(r"(?:^|(?<=\s))@user(?=\s|[.,:;!?]|$) ?")
-_SHOWN_PROBLEMS = 5
+
+Leaks = Literal["stop", "drop"]
+"""What to do when training holds texts of validation, word by word."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class LabelledTexts:
     labels: NDArray[np.int64]
     """Shape [texts]."""
     sha256: str = ""
-    """Of the file they were read from."""
+    """Of what they were read from."""
     raw: tuple[str, ...] = ()
     """The same texts before they were normalised; empty where nothing needs them."""
 
@@ -42,99 +45,71 @@ class Split:
 
     train: LabelledTexts
     validation: LabelledTexts
-    leaked: int
-    """Training rows left out because validation holds the same text."""
+    dropped: tuple[Finding, ...] = ()
+    """Training rows that were left out, and why."""
+    snapshot: str = ""
+    """Content hash of both halves: the same texts with the same labels in the same order have the same."""
+    rows: tuple[tuple[Row, ...], tuple[Row, ...]] = ((), ())
+    """What the halves were made of."""
 
 
-def read_split(train: Path, validation: Path, names: Sequence[str]) -> Split:
-    """Read both files and leave out of training every text that validation holds.
+def read_split(train: Path, validation: Path, names: Sequence[str], *, leaks: Leaks = "stop") -> Split:
+    """Read both files and make the halves of a run of them.
 
     Raises:
-        DataError: as `read_labelled`, or when nothing or only one class is left to train on.
+        DataError: as `read_rows` and `build_split`.
     """
-    held_out = read_labelled(validation, names)
-    rows = read_labelled(train, names)
-    known = set(held_out.texts)
-    keep = [index for index, text in enumerate(rows.texts) if text not in known]
-    kept = LabelledTexts(tuple(rows.texts[index] for index in keep), rows.labels[keep], rows.sha256)
-    missing = [name for index, name in enumerate(names) if index not in kept.labels]
+    return build_split([read_rows(train, names)], read_rows(validation, names), names, leaks=leaks)
+
+
+def build_split(train: Sequence[Rows], validation: Rows, names: Sequence[str], *, leaks: Leaks = "stop") -> Split:
+    """The halves of a run, of which training has each text once, with the label most of its annotators gave.
+
+    Texts whose annotators disagree evenly, and near duplicates of texts of validation, are left out and told. What
+    validation holds word by word is left out too with `leaks` at "drop".
+
+    Raises:
+        DataError: with `leaks` at "stop", validation holds texts of training; or no row is left with some label, or
+            either half has only one.
+    """
+    require_classes(validation)
+    kept, conflicts = merge_labels(row for source in train for row in source.rows)
+    kept, leaked, near = without_validation(kept, validation.rows)
+    if leaked and leaks == "stop":
+        hint = "training on them would flatter the result; take them out, or --set data.leaks=drop leaves them out"
+        raise DataError(f"{report(leaked)}\n{hint}")
+    sources = ", ".join(one.name for one in train)
+    missing = [name for name in names if all(row.label != name for row in kept)]
+    if len(missing) == len(names) - 1:
+        raise DataError(f"{sources}: all {len(kept)} rows have the same label; a classifier needs at least two")
     if missing:
-        raise DataError(f"{train}: no training row is left with label {', '.join(missing)}; every label needs some")
-    return Split(kept, held_out, leaked=len(rows) - len(kept))
+        raise DataError(f"{sources}: no training row is left with label {', '.join(missing)}; every label needs some")
+    digest = train[0].sha256 if len(train) == 1 else _digest(one.sha256 for one in train)
+    halves = _labelled(kept, names, digest), _labelled(validation.rows, names, validation.sha256)
+    dropped, snapshot = (*conflicts, *leaked, *near), content_hash(kept, validation.rows)
+    return Split(*halves, dropped, snapshot, (tuple(kept), validation.rows))
 
 
 def read_labelled(path: Path, names: Sequence[str]) -> LabelledTexts:
-    """Read a tab-separated file with the columns `label` and `text`, UTF-8, one row a line.
+    """The texts of a file that a model is measured on, as they stand.
 
     Raises:
-        DataError: naming the file and the first lines that are wrong: not UTF-8, a missing column, a label that is
-            not in `names`, an empty text; or that the file holds no rows or a single class. Never the text itself.
+        DataError: as `read_rows`, or all rows have one label.
     """
-    raw = _read_bytes(path)
-    lines = _decode(path, raw)
-    header = lines[0].split("\t") if lines else []
-    absent = [column for column in ("label", "text") if column not in header]
-    if absent:
-        raise DataError(
-            f"{path}, line 1: no column {' and no column '.join(absent)}; the header must be label<TAB>text"
-        )
-    rows = csv.reader(lines[1:], delimiter="\t", quoting=csv.QUOTE_NONE)
+    rows = read_rows(path, names)
+    require_classes(rows)
+    return _labelled(rows.rows, names, rows.sha256)
+
+
+def _labelled(rows: Sequence[Row], names: Sequence[str], sha256: str) -> LabelledTexts:
     index_of = {name: index for index, name in enumerate(names)}
-    texts, raw_texts, labels, problems = [], [], [], []
-    for number, row in enumerate(rows, start=2):
-        if not row:
-            continue
-        problem = _problem(row, header, index_of)
-        if problem:
-            problems.append(f"line {number}: {problem}")
-            continue
-        raw_texts.append(row[header.index("text")])
-        texts.append(normalise(raw_texts[-1]))
-        labels.append(index_of[row[header.index("label")]])
-    if problems:
-        raise DataError(_report(path, problems))
-    _require_classes(path, Counter(labels))
-    digest = hashlib.sha256(raw).hexdigest()
-    return LabelledTexts(tuple(texts), np.asarray(labels, dtype=np.int64), digest, tuple(raw_texts))
+    labels = np.asarray([index_of[row.label] for row in rows], dtype=np.int64)
+    raw = tuple(row.text for row in rows)
+    return LabelledTexts(tuple(map(normalise, raw)), labels, sha256, raw)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from None
-
-
-def _decode(path: Path, raw: bytes) -> list[str]:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: is not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def _problem(row: Sequence[str], header: Sequence[str], index_of: dict[str, int]) -> str | None:
-    if len(row) != len(header):
-        return f"{len(row)} columns where the header has {len(header)}"
-    if row[header.index("label")] not in index_of:
-        return f"label {row[header.index('label')][:40]!r} is not one of {', '.join(index_of)}"
-    if not normalise(row[header.index("text")]):
-        return "the text is empty"
-    return None
-
-
-def _report(path: Path, problems: Sequence[str]) -> str:
-    shown = "\n".join(problems[:_SHOWN_PROBLEMS])
-    more = f"\nand {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-    return f"{path}: {len(problems)} rows cannot be used\n{shown}{more}"
-
-
-def _require_classes(path: Path, counts: Counter[int]) -> None:
-    if not counts:
-        raise DataError(f"{path}: holds no rows")
-    if len(counts) == 1:
-        raise DataError(f"{path}: all {counts.total()} rows have the same label; a classifier needs at least two")
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def log_prior(labels: NDArray[np.int64], count: int) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -24,6 +24,7 @@ from overtone.errors import EnvironmentProblemError, OvertoneError
 from overtone.logging import get_logger
 from overtone.settings import set_default_environment
 from train.config import ClusterConfig, TrainConfig
+from train.data import Split
 from train.loop import WEIGHTS
 from train.worker import train_loop_per_worker
 
@@ -37,8 +38,7 @@ class RunSpec:
 
     name: str
     """Runs of the same name and storage are one run: a second start resumes the first."""
-    train: Path
-    validation: Path
+    split: Split
     storage: str
     """Folder or address where checkpoints go; on a cluster of several machines, one that all of them reach."""
     soft_labels: NDArray[np.float32] | None = None
@@ -105,8 +105,8 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Pa
         train_loop_per_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "train": str(spec.train.resolve()),
-            "validation": str(spec.validation.resolve()),
+            # Workers learn no more of the rows than this: the places they came from stay here.
+            "split": replace(spec.split, rows=((), ())),
             "soft_labels": spec.soft_labels,
         },
         scaling_config=_scaling(config.cluster),

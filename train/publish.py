@@ -1,5 +1,6 @@
 """The end of a run: export the weights, write the model card, show the figures."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def publish(
         "data": {
             "train": _counts(split.train, config),
             "validation": _counts(split.validation, config),
-            "leaked": split.leaked,
+            "dropped": _dropped(split),
+            "snapshot": split.snapshot,
             "train_sha256": split.train.sha256,
             "validation_sha256": split.validation.sha256,
         },
@@ -51,6 +53,13 @@ def publish(
     show_evaluation(console, found)
     console.print(f"bundle written to {output}")
     return found
+
+
+def _dropped(split: Split) -> dict[str, int]:
+    rows: Counter[str] = Counter()
+    for finding in split.dropped:
+        rows[finding.reason] += len(finding.lines)
+    return dict(rows)
 
 
 def _counts(texts: LabelledTexts, config: TrainConfig) -> dict[str, int]:

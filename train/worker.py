@@ -8,17 +8,15 @@ import ray.train.torch
 from torch import nn
 
 from train.config import TrainConfig
-from train.data import read_split
 from train.loop import Place, Run
 from train.sharding import shard
 
 
 def train_loop_per_worker(values: dict[str, Any]) -> None:
-    """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `train` and `validation` (paths),
+    """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `split` (a `Split`),
     `soft_labels` (probabilities, float32 [training texts, labels], or None)."""
     context = ray.train.get_context()
     config = TrainConfig.model_validate(values["config"])
-    split = read_split(Path(values["train"]), Path(values["validation"]), config.data.labels)
     world, device = context.get_world_size(), ray.train.torch.get_device()
     sharded = config.cluster.sharding == "shard"
 
@@ -29,7 +27,7 @@ def train_loop_per_worker(values: dict[str, Any]) -> None:
         return prepared
 
     place = Place(context.get_world_rank(), world, device, _report, prepare, sharded=sharded)
-    run = Run(config, split, values["soft_labels"], place)
+    run = Run(config, values["split"], values["soft_labels"], place)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             run.resume(Path(folder))

@@ -1,6 +1,7 @@
 """Reading, checking, augmenting and batching labelled texts."""
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,63 +33,27 @@ def test_columns_may_stand_in_any_order_and_more_may_be_there(tmp_path: Path) ->
     assert read_labelled(path, NAMES).texts == ("good", "bad")
 
 
-def test_windows_files_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "data.tsv"
-    path.write_bytes("\ufefflabel\ttext\r\npositive\tgood\r\nnegative\tbad\r\n".encode())
-    assert read_labelled(path, NAMES).texts == ("good", "bad")
-
-
-@pytest.mark.parametrize(
-    ("rows", "told"),
-    [
-        (["happy\tfine", "neutral\tok"], r"line 2: label 'happy' is not one of negative, neutral, positive"),
-        (["neutral\tok", "positive\t  "], r"line 3: the text is empty"),
-        (["neutral\tok", "positive"], r"line 3: 1 columns where the header has 2"),
-        (["neutral\ta\tb", "positive\tx"], r"line 2: 3 columns"),
-        (["neutral\ta", "neutral\tb"], r"all 2 rows have the same label"),
-        ([], r"holds no rows"),
-    ],
-)
-def test_what_is_wrong_is_named_by_line(tmp_path: Path, rows: list[str], told: str) -> None:
-    with pytest.raises(DataError, match=told):
-        read_labelled(written(tmp_path, *rows), NAMES)
-
-
-def test_a_report_is_short_and_holds_no_text(tmp_path: Path) -> None:
-    path = written(tmp_path, *["neutral\tsecret words\textra"] * 40)
-    with pytest.raises(DataError, match="40 rows cannot be used") as caught:
-        read_labelled(path, NAMES)
-    assert "and 35 more" in caught.value.message
-    assert "secret" not in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("header", "told"), [("label\ttweet", "no column text"), ("", "no column label and no column")]
-)
-def test_a_missing_column_is_named(tmp_path: Path, header: str, told: str) -> None:
-    with pytest.raises(DataError, match=told):
-        read_labelled(written(tmp_path, "neutral\tok", header=header), NAMES)
-
-
-def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
-    path = tmp_path / "data.tsv"
-    path.write_bytes(b"label\ttext\nneutral\tok\npositive\tcaf\xe9\n")
-    with pytest.raises(DataError, match="line 3: is not UTF-8"):
-        read_labelled(path, NAMES)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.tsv: cannot be read \(FileNotFoundError\)"):
-        read_labelled(tmp_path / "nowhere.tsv", NAMES)
-
-
-def test_texts_of_validation_are_left_out_of_training(tmp_path: Path) -> None:
+def test_texts_of_validation_stop_before_training(tmp_path: Path) -> None:
     train = written(tmp_path, "positive\thi @ann", "negative\tbad", "neutral\tso", "positive\tgood", name="train.tsv")
     validation = written(tmp_path, "positive\thi @bob", "negative\tworse", name="validation.tsv")
-    split = read_split(train, validation, NAMES)
-    assert split.leaked == 1
+    with pytest.raises(DataError, match=r"train\.tsv: 1 row: the same text is in validation \(line 2\)") as caught:
+        read_split(train, validation, NAMES)
+    assert "hi" not in re.findall(r"\w+", caught.value.message)
+    split = read_split(train, validation, NAMES, leaks="drop")
+    assert [finding.lines for finding in split.dropped] == [(2,)]
     assert split.train.texts == ("bad", "so", "good")
     assert split.train.labels.tolist() == [0, 1, 2]
+
+
+def test_what_validation_nearly_holds_is_left_out(tmp_path: Path) -> None:
+    long = "the new update broke every single thing that I liked about this phone last week"
+    train = written(tmp_path, f"negative\tRT @ann: {long.title()}!!", "neutral\tso", "positive\tgood", "negative\tno")
+    validation = written(tmp_path, f"negative\t{long}", "positive\tfine", name="validation.tsv")
+    split = read_split(train, validation, NAMES)
+    assert split.train.texts == ("so", "good", "no")
+    assert [str(one).split(": ", 1)[1] for one in split.dropped] == [
+        "1 row: nearly the same text is in validation (line 2)"
+    ]
 
 
 def test_a_label_without_training_rows_is_refused(tmp_path: Path) -> None:
@@ -96,6 +61,30 @@ def test_a_label_without_training_rows_is_refused(tmp_path: Path) -> None:
     validation = written(tmp_path, "positive\tx", "negative\ty", name="validation.tsv")
     with pytest.raises(DataError, match="no training row is left with label neutral"):
         read_split(train, validation, NAMES)
+
+
+def test_one_class_is_refused_in_either_half(tmp_path: Path) -> None:
+    one = written(tmp_path, "neutral\ta", "neutral\tb", name="one.tsv")
+    more = written(tmp_path, "positive\tx", "negative\ty", "neutral\tz", name="more.tsv")
+    for train, validation in ((one, more), (more, one)):
+        with pytest.raises(DataError, match="all 2 rows have the same label"):
+            read_split(train, validation, NAMES)
+
+
+def test_the_content_hash_is_of_texts_labels_and_order(tmp_path: Path) -> None:
+    rows = ["positive\tgood", "negative\tbad", "neutral\tso"]
+    validation = written(tmp_path, "positive\tx", "negative\ty", name="validation.tsv")
+
+    def snapshot(*lines: str) -> str:
+        return read_split(written(tmp_path, *lines, name="train.tsv"), validation, NAMES).snapshot
+
+    found = snapshot(*rows)
+    assert found == snapshot(*rows) == snapshot(*rows, "positive\tgood")
+    assert found not in {
+        snapshot(*rows[::-1]),
+        snapshot(*rows, "positive\tmore"),
+        snapshot("positive\tbad", *rows[2:], "negative\tgood"),
+    }
 
 
 def test_log_prior_is_the_log_of_the_shares() -> None:

@@ -81,10 +81,10 @@ def test_the_command_shows_tables_to_people(tiny_bundle: Bundle, data: Path) -> 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"label\ttext\nhappy\tsome text\n", "line 2: label 'happy' is not one of negative, neutral, positive"),
-        (b"label\ttext\npositive\t \nnegative\tbad\n", "line 2: the text is empty"),
+        (b"label\ttext\nhappy\tsome text\n", r"label 'happy' is not one of negative, neutral, positive \(line 2\)"),
+        (b"label\ttext\npositive\t \nnegative\tbad\n", r"the text is empty \(line 2\)"),
         (b"label\ttext\npositive\tone\npositive\ttwo\n", "have the same label"),
-        (b"label\ttext\npositive\t\xff\xfe\n", "is not UTF-8"),
+        (b"label\ttext\npositive\t\xff\xfe\n", r"not UTF-8 \(line 2\)"),
         (b"text\nsome text\n", "no column label"),
     ],
 )
