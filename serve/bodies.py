@@ -234,6 +234,11 @@ def _too_large(limit: int, size: int) -> TooLargeError:
 def _parse_with_surrogates(body: bytes, what: str) -> Any:
     """orjson refuses a lone surrogate without saying in which field; the standard library lets it through."""
     try:
-        return json.loads(body)
+        return json.loads(body, parse_int=_integer)
     except (ValueError, RecursionError):
         raise MalformedError(f"{what} is not valid JSON.", errors=[FieldError("body", "not valid JSON")]) from None
+
+
+def _integer(digits: str) -> int | float:
+    """As orjson reads it: what 64 bits may not hold is a float."""
+    return int(digits) if len(digits) < 19 else float(digits)

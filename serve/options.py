@@ -11,6 +11,7 @@ from serve.longtext import LONG_TEXT_POLICIES, LongText
 _FIELD_NAME = re.compile(r"\w{1,50}")
 _INTEGER = re.compile(r"\d{1,9}", re.ASCII)
 _NUMBER = re.compile(r"\d{1,9}(?:\.\d{0,18})?", re.ASCII)
+_MAX_TOP_K = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ def _checked(given: Mapping[str, Any], defaults: Options) -> Options:
     top_k, threshold = values["top_k"], values["threshold"]
     if isinstance(top_k, float) and top_k.is_integer():
         values["top_k"] = top_k = int(top_k)
-    if "top_k" in given and (not _is_number(top_k, int) or top_k < 1):
-        problems.append(FieldError("top_k", "must be an integer of at least 1", 1))
+    if "top_k" in given and (not _is_number(top_k, int) or not 1 <= top_k <= _MAX_TOP_K):
+        problems.append(FieldError("top_k", "must be an integer from 1 to the number of labels", 1))
     if "threshold" in given and (not _is_number(threshold, int | float) or not 0 <= threshold <= 1):
         problems.append(FieldError("threshold", "must be a number from 0 to 1", 1))
     if values["long_text"] not in LONG_TEXT_POLICIES:

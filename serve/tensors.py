@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 
 from overtone.errors import MalformedError
+from overtone.text import has_lone_surrogate
 from serve.bodies import FieldError, checked_texts, invalid, parse_json
 from serve.longtext import LONG_TEXT_POLICIES, LongText, Scores
 
@@ -46,6 +47,8 @@ def read_call(body: bytes, header_length: int | None) -> Call:
     given = content.get("id")
     if given is not None and not isinstance(given, str):
         raise invalid([FieldError("id", "must be a string")])
+    if given is not None and has_lone_surrogate(given):
+        raise invalid([FieldError("id", "must not hold half of a surrogate pair (U+D800 to U+DFFF)")])
     parameters = _parameters(content, "parameters")
     texts = _texts(content.get("inputs"), binary)
     return Call(given, texts, _outputs(content.get("outputs"), parameters), _long_text(parameters))

@@ -40,6 +40,7 @@ def test_options_are_taken_from_body_and_query() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("top_k", 1e20), ("top_k", 10**10),
         ("top_k", 0), ("top_k", -1), ("top_k", True), ("top_k", "2"), ("top_k", None), ("top_k", 1.5), ("top_k", []),
         ("threshold", -0.1), ("threshold", 1.1), ("threshold", "0.5"), ("threshold", False), ("threshold", None),
         ("threshold", float("nan")), ("threshold", 10**400), ("long_text", "cut"), ("long_text", 1),
