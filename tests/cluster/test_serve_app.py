@@ -76,7 +76,10 @@ class Stack:
 
     def processes(self) -> list[psutil.Process]:
         """Every process with the mark of this stack in its environment, and every HAProxy of it."""
-        marked = [psutil.Process(pid) for pid in haproxy_pids(self.folder)]
+        marked = []
+        for pid in haproxy_pids(self.folder):
+            with contextlib.suppress(psutil.Error):  # a reload ends the one before
+                marked.append(psutil.Process(pid))
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("OVERTONE_TEST_STACK") == str(self.folder) and process.pid != os.getpid():
@@ -102,10 +105,13 @@ class Stack:
 
     def up(self) -> set[int]:
         """The ports of the replicas to which HAProxy sends requests."""
-        with socket.socket(socket.AF_UNIX) as admin:
-            admin.connect(str(next(self.folder.rglob("admin.sock"))))
-            admin.sendall(b"show stat\n")
-            text = b"".join(iter(lambda: admin.recv(65536), b"")).decode().removeprefix("# ")
+        try:
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.connect(str(next(self.folder.rglob("admin.sock"))))
+                admin.sendall(b"show stat\n")
+                text = b"".join(iter(lambda: admin.recv(65536), b"")).decode().removeprefix("# ")
+        except OSError:  # in the middle of a reload
+            return set()
         rows = csv.DictReader(text.splitlines())
         return {int(row["addr"].rpartition(":")[2]) for row in rows if row["status"] == "UP" and ":" in row["addr"]}
 
