@@ -126,11 +126,17 @@ def open_eraser(settings: Settings, db: Database) -> Eraser:
 
 
 def erasable_folders(settings: Settings) -> tuple[Path, ...]:
-    """The folders whose files hold posts: snapshots for training, results of jobs, an archive on disk, and those that
-    the operator names."""
+    """The folders whose files hold posts: the spool, snapshots for training, results of jobs, an archive on disk, and
+    those that the operator names."""
     archive = settings.archive_url or ""
     local = [Path(archive.removeprefix("file://"))] if archive and "://" not in archive.removeprefix("file://") else []
-    return (settings.home / "snapshots", settings.home / "jobs", *local, *settings.erasure_folders)
+    return (
+        settings.home / "spool",
+        settings.home / "snapshots",
+        settings.home / "jobs",
+        *local,
+        *settings.erasure_folders,
+    )
 
 
 async def stored_of(db: Database, kind: Kind, number: int) -> Stored:

@@ -2,7 +2,8 @@
 
 What finds a post in a file is its id. So a file that holds posts holds their ids beside them: lines of text (.jsonl,
 .ndjson, .csv, .tsv, .txt, .log) lose every line that names one of the ids, Parquet files every row whose `post_id` or
-`author_id` is one of them. Files are replaced whole, so a reader sees the old one or the new one.
+`author_id` is one of them. Files are replaced whole, so a reader sees the old one or the new one; only spools, which a
+process appends to meanwhile, have their records written over where they stand.
 """
 
 import os
@@ -11,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from overtone.logging import get_logger
+from overtone.spool import SUFFIX, blank_records
 
 _LINES = frozenset({".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".log"})
 _NUMBER = re.compile(rb"(?<!\d)\d{1,19}(?!\d)")
@@ -34,6 +36,8 @@ def erase_from_folder(folder: Path, post_ids: Collection[int], author_ids: Colle
             removed += _erase_lines(path, numbers)
         elif path.suffix == ".parquet" and path.is_file():
             removed += _erase_rows(path, frozenset((*post_ids, *author_ids)))
+        elif path.suffix == SUFFIX and path.is_file():
+            removed += _erase_records(path, numbers)
     return removed
 
 
@@ -50,6 +54,13 @@ def _erase_lines(path: Path, numbers: frozenset[bytes]) -> int:
         os.fsync(kept.fileno())
     _replace(path, draft, removed)
     return removed
+
+
+def _erase_records(path: Path, numbers: frozenset[bytes]) -> int:
+    try:
+        return blank_records(path, lambda payload: not numbers.isdisjoint(_NUMBER.findall(payload)))
+    except FileNotFoundError:  # read to its end, and stored, in between
+        return 0
 
 
 def _erase_rows(path: Path, numbers: frozenset[int]) -> int:
