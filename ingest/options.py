@@ -46,7 +46,7 @@ class StreamOptions(_Options):
     connects_per_window: int = Field(50, ge=2, le=10_000)
     """Connections the X API allows in 15 minutes."""
     queue_lines: int = Field(20_000, ge=100, le=1_000_000)
-    """Lines held in memory while the database is slow or away; with more the stream is left and repaired later."""
+    """Lines held in memory while the database is slow; with more the stream is left and repaired later."""
     max_line_bytes: int = Field(4 * 1024 * 1024, ge=16_384, le=64 * 1024 * 1024)
 
 
@@ -55,6 +55,13 @@ class WriteOptions(_Options):
 
     batch_rows: int = Field(500, ge=1, le=10_000)
     flush_s: Annotated[float, Field(gt=0, le=10)] = 0.2
+
+
+class SpoolOptions(_Options):
+    """What waits on disk while the database is away."""
+
+    max_mib: int = Field(1_024, ge=0, le=1_048_576)
+    """MiB on disk; when they are full, or with 0 of them, the stream is left and repaired later."""
 
 
 class ClassifyOptions(_Options):
@@ -111,6 +118,7 @@ class IngestOptions(_Options):
     """Asked of the X API with every post; `author_id` brings user objects, which X may bill separately."""
     stream: StreamOptions = StreamOptions()
     write: WriteOptions = WriteOptions()
+    spool: SpoolOptions = SpoolOptions()
     classify: ClassifyOptions = ClassifyOptions()
     repair: RepairOptions = RepairOptions()
     compliance: ComplianceOptions = ComplianceOptions()

@@ -11,14 +11,16 @@ from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 from ingest.api import XApi
+from ingest.backlog import Backlog
 from ingest.classify import Classifier
 from ingest.compliance import ComplianceKeeper
 from ingest.options import IngestOptions, is_loopback
 from ingest.predict import client_for
 from ingest.repair import Repairer
-from ingest.store import PostStore, Writer
+from ingest.store import PostStore
 from ingest.stream import Inbox, StreamSupervisor
 from ingest.waiting import until_it_works
+from ingest.writer import Writer
 from overtone.db.database import Database
 from overtone.db.posts import claim_stream
 from overtone.erasure import open_eraser
@@ -26,6 +28,7 @@ from overtone.errors import ConfigurationError, OvertoneError, StreamError, Stre
 from overtone.logging import get_logger
 from overtone.schema import Post
 from overtone.settings import Settings
+from overtone.spool import Spool
 
 _MAX_RESTART_WAIT_S = 30.0
 _GOOD_RUN_S = 60.0
@@ -60,6 +63,7 @@ class Pipeline:
         self._classifier: Classifier | None = None
         self._store: PostStore | None = None
         self._repairer: Repairer | None = None
+        self._backlog: Backlog | None = None
         self._last_error: str | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -78,6 +82,8 @@ class Pipeline:
             epoch = await self._unless(stop, until_it_works(lambda: claim_stream(db, self.source), self._note))
             if epoch is None:
                 return
+            self._backlog = self._open_backlog()
+            stack.callback(self._backlog.close)
             api = await stack.enter_async_context(XApi(self._settings.x_api_base_url, self._token))
             client = await stack.enter_async_context(client_for(self._settings, self._options.classify.timeout_s))
             self._classifier = Classifier(db, client, self._options.classify)
@@ -102,6 +108,8 @@ class Pipeline:
                 "lag_s": stored.lag_s,
                 "dead_letters": stored.dead_letters,
             }
+        if self._backlog is not None:
+            figures["spool_bytes"] = self._backlog.size_bytes
         if self._repairer is not None:
             repair = self._repairer.status
             figures |= {"open_gaps": repair.open_gaps, "repaired_posts": repair.repaired_posts}
@@ -118,8 +126,9 @@ class Pipeline:
         return figures
 
     async def _run_parts(self, stop: asyncio.Event, db: Database, api: XApi) -> None:
-        store, classifier = self._store, self._classifier
+        store, classifier, backlog = self._store, self._classifier, self._backlog
         assert store is not None
+        assert backlog is not None
         assert classifier is not None
         options, search_stream = self._options, f"{self.source}_search"
 
@@ -133,7 +142,7 @@ class Pipeline:
         self._supervisor = StreamSupervisor(
             api, self._token, rules=options.rules, fields=fields, options=options.stream
         )
-        writer = Writer(self._inbox, store, self._repairer, stream=self.source, options=options.write)
+        writer = Writer(self._inbox, backlog, store, self._repairer, stream=self.source, options=options.write)
         compliance = ComplianceKeeper(
             self._settings.x_api_base_url,
             self._token,
@@ -159,6 +168,16 @@ class Pipeline:
         return await until_it_works(
             lambda: Database.open(self._database_url, application_name="overtone-ingest"), self._note
         )
+
+    def _open_backlog(self) -> Backlog:
+        root, most = self._settings.home / "spool", self._options.spool.max_mib * 2**20
+        try:
+            return Backlog(Spool.claim(root, self.source, most))
+        except OSError as error:
+            raise ConfigurationError(
+                f"The spool under {root} cannot be used ({error.strerror or error}): OVERTONE_HOME must be a folder"
+                " that this user may write to."
+            ) from error
 
     async def _unless(self, stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`, or None when `stop` is set before it is there."""

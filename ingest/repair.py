@@ -15,7 +15,6 @@ from typing import Literal
 from ingest.api import XApi, search_queries
 from ingest.options import RepairOptions, RuleOption
 from ingest.parse import messages_of_search, post_of
-from ingest.waiting import until_it_works
 from overtone import metrics
 from overtone.db.database import Database
 from overtone.db.posts import Gap, close_gap, cursor, list_gaps, open_gap
@@ -76,12 +75,20 @@ class Repairer:
         self._is_due = asyncio.Event()
 
     async def note_disconnected(self, cause: str) -> None:
-        """Write down that posts may be missing from here on."""
-        await until_it_works(lambda: self._open(cause), self._note)
+        """Write down that posts may be missing from here on.
+
+        Raises:
+            DatabaseUnavailableError: try again.
+        """
+        await self._open(cause)
 
     async def note_connected(self, at: datetime) -> None:
-        """Write down that the stream is back since `at`, and have the gap before it repaired."""
-        await until_it_works(lambda: self._bound(at), self._note)
+        """Write down that the stream is back since `at`, and have the gap before it repaired.
+
+        Raises:
+            DatabaseUnavailableError: try again.
+        """
+        await self._bound(at)
         self._is_due.set()
 
     async def run(self) -> None:

@@ -69,6 +69,11 @@ STREAM_LAG_SECONDS = Gauge(
     "overtone_ingest_lag_seconds", "Age of the newest post when it was stored.", multiprocess_mode="livemax"
 )
 INGEST_QUEUE = Gauge("overtone_ingest_queue_posts", "Posts received and not yet stored.", multiprocess_mode="livesum")
+SPOOL_BYTES = Gauge(
+    "overtone_ingest_spool_bytes", "Bytes on disk that wait for the database.", multiprocess_mode="livesum"
+)
+SPOOLED = Counter("overtone_ingest_spooled_total", "Events of the stream that went through the disk.", ["step"])
+"""step: `kept` when put on disk, `replayed` when stored from there."""
 DB_POOL = Gauge("overtone_db_pool_connections", "Connections of the pool.", ["state"], multiprocess_mode="livesum")
 
 

@@ -25,8 +25,8 @@ _HEADER = struct.Struct("<3sBII")
 _LARGEST_PAYLOAD = 128 * 1024 * 1024
 _SEGMENT_BYTES = 16 * 1024 * 1024
 _MOST_OWNERS = 16
-_READS_OF_A_BAD_RECORD = 5
-_BETWEEN_READS_S = 0.02
+_READS_OF_A_BAD_RECORD = 3
+_BETWEEN_READS_S = 0.01
 
 _log = get_logger()
 
@@ -208,7 +208,7 @@ class Spool:
     def _begin_segment(self) -> IO[bytes]:
         self._last_segment += 1
         descriptor = os.open(self._path(self._last_segment), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        self._writing = open(descriptor, "wb", buffering=0)
+        self._writing = os.fdopen(descriptor, "wb", buffering=0)
         self._lengths[self._last_segment] = 0
         if len(self._lengths) == 1:
             self._position = Position(self._last_segment, 0)

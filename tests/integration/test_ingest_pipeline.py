@@ -71,8 +71,9 @@ class StandInApi:
 class World:
     """Simulator, API and database around the ingestion; and the ingestion itself, as often as it is started."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, home: Path) -> None:
         self.url = url
+        self.home = home
         self.api = StandInApi()
         self.simulator: Simulator | None = None
         self.published: set[int] = set()
@@ -104,6 +105,7 @@ class World:
     @property
     def settings(self) -> Settings:
         return load_settings(
+            overtone_home=self.home,
             twitter_bearer_token="t",
             x_api_base_url=f"http://127.0.0.1:{self.simulator_port}",
             database_url=self.url,
@@ -193,8 +195,8 @@ async def eventually(holds: Callable[[], Any], within_s: float = 60.0) -> None:
 
 
 @pytest.fixture
-async def world(fresh_postgres_url: str) -> AsyncIterator[World]:
-    async with World(fresh_postgres_url) as made:
+async def world(fresh_postgres_url: str, tmp_path: Path) -> AsyncIterator[World]:
+    async with World(fresh_postgres_url, tmp_path / "home") as made:
         yield made
 
 
@@ -242,18 +244,24 @@ async def test_a_killed_database_delays_and_loses_nothing(tmp_path_factory: pyte
     url = await asyncio.to_thread(server.start)
     try:
         await upgrade(url)
-        async with World(url) as world:
+        async with World(url, folder / "home") as world:
             await world.start_simulator(limit=1_000)
-            ingestion, _ = world.start()
+            ingestion, _ = world.start(QUICK.model_copy(update={"repair": RepairOptions(enabled=False)}))
             await world.until_posts(200)
             pid = server.pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             await eventually(lambda: _is_delayed(ingestion))
+            await eventually(lambda: _has_spooled(ingestion, 50_000))
             await asyncio.to_thread(server.start)
             await world.until_whole()
+            assert ingestion.status()["spool_bytes"] == 0
     finally:
         await asyncio.to_thread(server.stop)
+
+
+async def _has_spooled(ingestion: Ingestion, size_bytes: int) -> bool:
+    return bool(ingestion.status()["spool_bytes"] >= size_bytes)
 
 
 async def _is_delayed(ingestion: Ingestion) -> bool:

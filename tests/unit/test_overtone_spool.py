@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overtone.erasure_files import erase_from_folder
@@ -78,7 +78,8 @@ def test_one_process_owns_it_at_a_time(tmp_path: Path) -> None:
     assert second.is_empty
     first.close()
     second.close()
-    assert drained(again := Spool.claim(tmp_path, "x", MIB)) == [b"mine"]
+    again = Spool.claim(tmp_path, "x", MIB)
+    assert drained(again) == [b"mine"]
     again.close()
 
 
@@ -92,6 +93,7 @@ def test_it_takes_what_there_is_room_for(tmp_path: Path) -> None:
     spool.close()
 
 
+@settings(max_examples=40)
 @given(cut=st.integers(1, 200))
 def test_an_end_that_was_torn_off_costs_no_more_than_that(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     folder = tmp_path_factory.mktemp("torn")
@@ -108,6 +110,7 @@ def test_an_end_that_was_torn_off_costs_no_more_than_that(tmp_path_factory: pyte
     again.close()
 
 
+@settings(max_examples=40)
 @given(at=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_damage_is_reported_and_what_follows_it_is_read(
     tmp_path_factory: pytest.TempPathFactory, at: int, bit: int

@@ -1,0 +1,186 @@
+"""From received lines to stored posts, in their order: directly, or by way of the disk while the database is away."""
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+from ingest.backlog import DAMAGED, Backlog
+from ingest.options import WriteOptions
+from ingest.parse import Bad, StreamProblem, parse_line
+from ingest.repair import Repairer
+from ingest.store import PostStore
+from ingest.stream import Connected, Disconnected, Inbox, StreamEvent
+from ingest.waiting import until_true
+from overtone import metrics
+from overtone.errors import DatabaseUnavailableError
+from overtone.logging import get_logger
+from overtone.schema import Post
+
+_FIRST_WAIT_S = 0.1
+_MAX_WAIT_S = 1.0
+
+_log = get_logger()
+
+
+class Writer:
+    """Takes events from the inbox by the batch and stores what they hold.
+
+    What the database does not take goes to the backlog, and so does all that comes after it until the backlog is
+    stored: the marks of connections mean something only in their place among the lines. With no room on the disk
+    the newest batch waits in memory, then the inbox fills, then the stream is left.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        backlog: Backlog,
+        store: PostStore,
+        repairer: Repairer,
+        *,
+        stream: str,
+        options: WriteOptions,
+    ) -> None:
+        self._inbox = inbox
+        self._backlog = backlog
+        self._store = store
+        self._repairer = repairer
+        self._stream = stream
+        self._options = options
+        self._is_draining = False
+        self._held: Sequence[StreamEvent] = ()
+        """Taken from the inbox, and neither stored nor on disk yet; newer than all that is on disk."""
+        self._held_moves = asyncio.Lock()
+        self._may_be_stored = not backlog.is_empty
+        """Whether the next posts may have been stored by an attempt of which no answer came."""
+
+    async def run(self) -> None:
+        """Write until cancelled.
+
+        Raises:
+            FencedError: a later process has taken over.
+        """
+        while True:
+            if self._held or not self._backlog.is_empty:
+                await self._catch_up()
+                continue
+            await self._take()
+            self._held = await self._stored(self._held)
+
+    async def finish(self) -> None:
+        """Return when everything that was received is stored; from here on nothing waits for a batch to fill."""
+        self._is_draining = True
+        await until_true(lambda: not self._held and self._inbox.empty() and self._backlog.is_empty)
+
+    async def _take(self) -> None:
+        """Wait for an event, and a little longer for more."""
+        self._held = [await self._inbox.get()]
+        room = self._options.batch_rows - 1
+        if self._inbox.qsize() < room and not self._is_draining:
+            await asyncio.sleep(self._options.flush_s)
+        self._held = [*self._held, *self._waiting(room)]
+
+    def _waiting(self, room: int) -> list[StreamEvent]:
+        return [self._inbox.get_nowait() for _ in range(min(room, self._inbox.qsize()))]
+
+    async def _catch_up(self) -> None:
+        """Store the backlog, while what comes in joins it."""
+        self._held = self._held[await self._backlog.put(self._held) :]
+        mover = asyncio.create_task(self._move())
+        wait_s = _FIRST_WAIT_S
+        try:
+            while (self._held or not self._backlog.is_empty) and not mover.done():
+                if await self._store_next():
+                    wait_s = _FIRST_WAIT_S
+                else:
+                    await asyncio.sleep(wait_s * random.uniform(0.75, 1.25))
+                    wait_s = min(wait_s * 2, _MAX_WAIT_S)
+            if mover.done():
+                mover.result()
+        finally:
+            mover.cancel()
+            await asyncio.gather(mover, return_exceptions=True)
+
+    async def _move(self) -> None:
+        while True:
+            if not self._held:
+                # No await lies between taking and holding: whoever ends this task loses nothing.
+                self._held = [await self._inbox.get(), *self._waiting(self._options.batch_rows - 1)]
+            async with self._held_moves:
+                kept = await self._backlog.put(self._held)
+                self._held = self._held[kept:]
+            metrics.INGEST_QUEUE.set(self._inbox.qsize())
+            await asyncio.sleep(self._options.flush_s if self._inbox.qsize() < self._options.batch_rows else 0)
+
+    async def _store_next(self) -> bool:
+        """Try to store the oldest events; whether that went well."""
+        async with self._held_moves:
+            if self._backlog.is_empty:
+                self._held = await self._stored(self._held)
+                return not self._held
+        batch = await self._backlog.peek(self._options.batch_rows)
+        if batch.is_damaged and not batch.events:
+            marks: Sequence[StreamEvent] = (Disconnected(DAMAGED), Connected(datetime.now(UTC)))
+            if await self._stored(marks):
+                return False
+            _log.error("spool.damaged", advice="what could not be read is fetched by search")
+        left = await self._stored(batch.events)
+        await self._backlog.drop(batch, len(batch.events) - len(left))
+        return not left
+
+    async def _stored(self, events: Sequence[StreamEvent]) -> Sequence[StreamEvent]:
+        """Store `events`, and return those that the database did not take."""
+        metrics.INGEST_QUEUE.set(self._inbox.qsize())
+        done = 0
+        for step in steps(events):
+            try:
+                await self._store_step(step)
+            except DatabaseUnavailableError as error:
+                self._store.note(error)
+                self._may_be_stored = True
+                break
+            self._may_be_stored = False
+            done += len(step)
+        return events[done:]
+
+    async def _store_step(self, step: Sequence[StreamEvent]) -> None:
+        first = step[0]
+        if isinstance(first, Connected):
+            await self._repairer.note_connected(first.at)
+        elif isinstance(first, Disconnected):
+            await self._repairer.note_disconnected(first.cause)
+        else:
+            await self._store_lines([line for line in step if isinstance(line, bytes)])
+
+    async def _store_lines(self, lines: Sequence[bytes]) -> None:
+        parsed = [parse_line(line) for line in lines]
+        posts = [one for one in parsed if isinstance(one, Post)]
+        if posts:
+            await self._store.store_once(posts, stream=self._stream, is_repeat=self._may_be_stored)
+            self._count(posts)
+        for one in parsed:
+            if isinstance(one, StreamProblem):
+                _log.warning("stream.problem_received", kind=one.kind, title=one.title)
+            elif isinstance(one, Bad):
+                await self._store.put_aside(one)
+
+    def _count(self, posts: Sequence[Post]) -> None:
+        metrics.POSTS_RECEIVED.labels("stream").inc(len(posts))
+        self._store.status.posts_received += len(posts)
+        newest = max(post.created_at for post in posts)
+        lag_s = max((datetime.now(UTC) - newest).total_seconds(), 0.0)
+        self._store.status.lag_s = lag_s
+        metrics.STREAM_LAG_SECONDS.set(lag_s)
+
+
+def steps(events: Sequence[StreamEvent]) -> Iterator[Sequence[StreamEvent]]:
+    """`events` in pieces that are stored as one: runs of lines, and each mark by itself."""
+    start = 0
+    for number, event in enumerate(events):
+        if not isinstance(event, bytes):
+            if start < number:
+                yield events[start:number]
+            yield events[number : number + 1]
+            start = number + 1
+    if start < len(events):
+        yield events[start:]
