@@ -33,6 +33,9 @@ _SCAN_OVERLAP = timedelta(minutes=5)
 
 _log = get_logger()
 
+NOT_CLASSIFIED = "not classified: "
+"""How the reason of a dead letter begins whose post is stored, and whose text the API refused."""
+
 Item = tuple[int, str]
 
 
@@ -171,7 +174,7 @@ class Classifier:
         post_id, text = item
         raw = orjson.dumps({"post_id": str(post_id), "text": text})
         await until_it_works(
-            lambda: write_dead_letter(self._db, raw, f"not classified: {reason}", post_id=post_id), self._note
+            lambda: write_dead_letter(self._db, raw, f"{NOT_CLASSIFIED}{reason}", post_id=post_id), self._note
         )
         self._refused.add(post_id)
         self.status.refused += 1

@@ -70,7 +70,7 @@ def post_of(message: dict[str, Any]) -> Post | str:
         text=storable(text),
         created_at=_instant(data.get("created_at")) or snowflake_to_datetime(post_id),
         lang=lang if isinstance(lang, str) else None,
-        rule_tags=_tags(message.get("matching_rules")),
+        rule_tags=message_tags(message),
         payload=message,
     )
 
@@ -150,8 +150,9 @@ def _instant(value: Any) -> datetime | None:
         return None
 
 
-def _tags(rules: Any) -> tuple[str, ...]:
-    tags = (rule.get("tag") for rule in _objects(rules))
+def message_tags(message: dict[str, Any]) -> tuple[str, ...]:
+    """The tags of the rules that `message` matched, each once."""
+    tags = (rule.get("tag") for rule in _objects(message.get("matching_rules")))
     return tuple(dict.fromkeys(tag for tag in tags if isinstance(tag, str) and tag))
 
 

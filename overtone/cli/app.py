@@ -10,6 +10,7 @@ from rich.console import Console
 from overtone import __version__
 from overtone.cli.backup import app as backups
 from overtone.cli.k8s import app as k8s
+from overtone.cli.letters import app as letters
 
 if TYPE_CHECKING:
     from overtone.cli.up import UpOptions
@@ -40,6 +41,7 @@ models = typer.Typer(help="The bundles that are served, and a challenger on tria
 app.add_typer(models, name="models")
 app.add_typer(k8s, name="k8s")
 app.add_typer(backups, name="backup")
+app.add_typer(letters, name="dead-letters")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 

@@ -1,19 +1,23 @@
 """`overtone db`: the tables of the database of this home."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
 from overtone.cli.cleanup import embedded_postgres
 from overtone.cli.state import RunFolder
+from overtone.db.database import Database
 from overtone.db.migrate import check, upgrade
 from overtone.errors import DataError, EnvironmentProblemError
 from overtone.settings import Settings
 
 _LOCK_TIMEOUT_S = 10.0
+
+T = TypeVar("T")
 
 
 def upgrade_database(settings: Settings, console: Console) -> int:
@@ -68,3 +72,17 @@ def reachable_database(settings: Settings) -> Iterator[str]:
     finally:
         postgres.stop()
         folder.unlock()
+
+
+def with_database(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
+    """What `work` returns for the database of this home, opened for it."""
+
+    async def opened(url: str) -> T:
+        db = await Database.open(url, max_size=2, application_name="overtone-cli")
+        try:
+            return await work(db)
+        finally:
+            await db.close()
+
+    with reachable_database(settings) as url:
+        return asyncio.run(opened(url))

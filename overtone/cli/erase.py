@@ -1,17 +1,15 @@
 """`overtone erase` and `overtone export`: what people may ask about posts of theirs."""
 
-import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import typer
 from rich.console import Console
 
-from overtone.cli.database import reachable_database
+from overtone.cli.database import with_database
 from overtone.cli.keys import cli_actor
 from overtone.db.audit import record_audit
 from overtone.db.database import Database
@@ -21,8 +19,6 @@ from overtone.errors import ConfigurationError, DataError
 from overtone.receipts import public_key, signing_key, verify
 from overtone.settings import Settings
 
-Result = TypeVar("Result")
-
 
 def preview(settings: Settings, kind: Kind, number: int, console: Console, *, as_json: bool) -> int:
     """Say what an erasure would remove from the database.
@@ -31,7 +27,7 @@ def preview(settings: Settings, kind: Kind, number: int, console: Console, *, as
         InvalidInputError: `number` can be nobody's id.
     """
     require_id(kind, number)
-    found = _with_database(settings, lambda db: stored_of(db, kind, number))
+    found = with_database(settings, lambda db: stored_of(db, kind, number))
     if as_json:
         console.print_json(json.dumps({"kind": kind, "id": str(number), "would_remove": asdict(found.rows)}))
     else:
@@ -54,7 +50,7 @@ def erase(
     async def work(db: Database) -> dict[str, Any]:
         return await open_eraser(settings, db).erase(kind, number, actor=cli_actor())
 
-    receipt = _with_database(settings, work)
+    receipt = with_database(settings, work)
     if receipt_file is not None:
         receipt_file.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     if as_json or receipt_file is None:
@@ -111,7 +107,7 @@ def export_author(settings: Settings, number: int, output: Path | None, console:
         return count
 
     try:
-        count = _with_database(settings, work)
+        count = with_database(settings, work)
     except FileExistsError as error:
         raise ConfigurationError(f"{output}: is there already.") from error
     if output is not None:
@@ -141,15 +137,3 @@ def _plain(value: Any) -> str:
 
 def _in_words(found: Stored) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in asdict(found.rows).items())
-
-
-def _with_database(settings: Settings, work: Callable[[Database], Awaitable[Result]]) -> Result:
-    async def run(url: str) -> Result:
-        db = await Database.open(url, max_size=2, application_name="overtone-cli")
-        try:
-            return await work(db)
-        finally:
-            await db.close()
-
-    with reachable_database(settings) as url:
-        return asyncio.run(run(url))

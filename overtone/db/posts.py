@@ -127,6 +127,13 @@ async def stored_ids(db: Database, *, after_post_id: int = 0, limit: int) -> lis
     return [row["post_id"] for row in rows]
 
 
+async def are_stored(db: Database, post_ids: Sequence[int]) -> bool:
+    """Whether each of `post_ids`, which are different ones, is a stored post."""
+    async with db.acquire() as connection:
+        found = await connection.fetchval("SELECT count(*) FROM overtone.posts WHERE post_id = ANY($1)", list(post_ids))
+    return bool(found == len(post_ids))
+
+
 async def claim_stream(db: Database, stream: str) -> int:
     """Become the leader of `stream`: the epoch to write with from now on. Writers with an older one are refused."""
     async with db.transaction() as connection:
