@@ -13,6 +13,7 @@ import tweepy
 from tweepy.asynchronous import AsyncClient, AsyncStreamingClient
 
 from ingest.options import RuleOption
+from ingest.spend import Gate
 from overtone.errors import StreamError, StreamFatalError, StreamThrottledError
 from overtone.logging import get_logger
 
@@ -37,8 +38,10 @@ class _Session:
 class XApi:
     """The X API at `base_url`. An async context manager: entering opens its connections, leaving closes them."""
 
-    def __init__(self, base_url: str, token: str, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, base_url: str, token: str, *, timeout_s: float = 30.0, gate: Gate | None = None) -> None:
+        """Posts are read only while `gate` is open."""
         self.base_url = base_url
+        self.gate = gate or Gate()
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0)
         self._rules_client = AsyncStreamingClient(token, return_type=dict)
         self._client = AsyncClient(token, return_type=dict)
@@ -85,13 +88,27 @@ class XApi:
         next_token: str | None = None,
         fields: Mapping[str, Sequence[str]],
     ) -> dict[str, Any]:
-        """One page of the posts with since_id < id < until_id that match `query`, newest first."""
+        """One page of the posts with since_id < id < until_id that match `query`, newest first.
+
+        Waits while the gate is closed.
+        """
+        await self.gate.until_open()
         parameters: dict[str, Any] = {"since_id": since_id, "max_results": 100, **fields}
         if next_token is not None:
             parameters["next_token"] = next_token
         if until_id is not None:
             parameters["until_id"] = until_id
-        return await self._call(self._client.search_recent_tweets(query, **parameters))
+        answer = await self._call(self._client.search_recent_tweets(query, **parameters))
+        self.gate.count(len(answer.get("data") or ()))
+        return answer
+
+    async def usage(self) -> tuple[int, int | None]:
+        """Posts that X counts in the present period, and its cap if it says one."""
+        data = (await self._call(self._client._make_request("GET", "/2/usage/tweets"))).get("data") or {}
+        try:
+            return int(data.get("project_usage") or 0), int(data["project_cap"]) if data.get("project_cap") else None
+        except (TypeError, ValueError) as error:
+            raise StreamError("the X API tells of its usage in another form") from error
 
     async def end_stale_connections(self) -> None:
         """Ask X to drop the filtered-stream connection that it still counts."""

@@ -64,6 +64,21 @@ class SpoolOptions(_Options):
     """MiB on disk; when they are full, or with 0 of them, the stream is left and repaired later."""
 
 
+class SpendOptions(_Options):
+    """How many posts may be read in a month: each is billed."""
+
+    monthly_posts: int | None = Field(None, ge=1, le=100_000_000_000)
+    """None: the cap that X tells of, and no cap for the simulator."""
+    warn_at: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the cap at which the log warns and the alert fires."""
+    stop_at: Annotated[float, Field(gt=0, le=1)] = 0.98
+    """Share of the cap at which reading stops until the next period."""
+    resets_on_day: int = Field(1, ge=1, le=28)
+    """Day of the month on which X's count starts over, in UTC."""
+    post_usd: Annotated[float, Field(ge=0, le=1_000)] = 0.005
+    """Price of a post."""
+
+
 class ClassifyOptions(_Options):
     """How posts are classified."""
 
@@ -119,6 +134,7 @@ class IngestOptions(_Options):
     stream: StreamOptions = StreamOptions()
     write: WriteOptions = WriteOptions()
     spool: SpoolOptions = SpoolOptions()
+    spend: SpendOptions = SpendOptions()
     classify: ClassifyOptions = ClassifyOptions()
     repair: RepairOptions = RepairOptions()
     compliance: ComplianceOptions = ComplianceOptions()

@@ -14,9 +14,10 @@ from ingest.api import XApi
 from ingest.backlog import Backlog
 from ingest.classify import Classifier
 from ingest.compliance import ComplianceKeeper
-from ingest.options import IngestOptions, is_loopback
+from ingest.options import IngestOptions, SpendOptions, is_loopback
 from ingest.predict import client_for
 from ingest.repair import Repairer
+from ingest.spend import SpendMeter
 from ingest.store import PostStore
 from ingest.stream import Inbox, StreamSupervisor
 from ingest.waiting import until_it_works
@@ -64,6 +65,7 @@ class Pipeline:
         self._store: PostStore | None = None
         self._repairer: Repairer | None = None
         self._backlog: Backlog | None = None
+        self._spend: SpendMeter | None = None
         self._last_error: str | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -84,7 +86,8 @@ class Pipeline:
                 return
             self._backlog = self._open_backlog()
             stack.callback(self._backlog.close)
-            api = await stack.enter_async_context(XApi(self._settings.x_api_base_url, self._token))
+            self._spend = SpendMeter(db, *billed(self._settings.x_api_base_url, self._options.spend))
+            api = await stack.enter_async_context(XApi(self._settings.x_api_base_url, self._token, gate=self._spend))
             client = await stack.enter_async_context(client_for(self._settings, self._options.classify.timeout_s))
             self._classifier = Classifier(db, client, self._options.classify)
             self._store = PostStore(db, self._classifier, epoch=epoch)
@@ -110,6 +113,8 @@ class Pipeline:
             }
         if self._backlog is not None:
             figures["spool_bytes"] = self._backlog.size_bytes
+        if self._spend is not None:
+            figures |= {"posts_read": self._spend.used, "posts_cap": self._spend.cap}
         if self._repairer is not None:
             repair = self._repairer.status
             figures |= {"open_gaps": repair.open_gaps, "repaired_posts": repair.repaired_posts}
@@ -126,9 +131,10 @@ class Pipeline:
         return figures
 
     async def _run_parts(self, stop: asyncio.Event, db: Database, api: XApi) -> None:
-        store, classifier, backlog = self._store, self._classifier, self._backlog
+        store, classifier, backlog, spend = self._store, self._classifier, self._backlog, self._spend
         assert store is not None
         assert backlog is not None
+        assert spend is not None
         assert classifier is not None
         options, search_stream = self._options, f"{self.source}_search"
 
@@ -154,6 +160,7 @@ class Pipeline:
             compliance.run(),
             classifier.run(),
             writer.run(),
+            spend.run(api.usage if self._asks_usage else None),
             self._repairer.run(),
             self._supervisor.run(self._inbox),
         ]
@@ -161,6 +168,7 @@ class Pipeline:
         async def drain() -> None:
             await writer.finish()
             await classifier.finish()
+            await until_it_works(spend.write, self._note)
 
         await _run_until(stop, parts, drain, options.drain_s)
 
@@ -168,6 +176,10 @@ class Pipeline:
         return await until_it_works(
             lambda: Database.open(self._database_url, application_name="overtone-ingest"), self._note
         )
+
+    @property
+    def _asks_usage(self) -> bool:
+        return not is_loopback(self._settings.x_api_base_url) or self._options.spend.monthly_posts is not None
 
     def _open_backlog(self) -> Backlog:
         root, most = self._settings.home / "spool", self._options.spool.max_mib * 2**20
@@ -259,6 +271,13 @@ def source_name(base_url: str) -> str:
     The simulator's is another one than X's: a cursor of the one must not make the other fetch anything.
     """
     return "simulator" if is_loopback(base_url) else "filtered_stream"
+
+
+def billed(base_url: str, options: SpendOptions) -> tuple[str, SpendOptions]:
+    """Under which name posts from the API at `base_url` are counted, and what they cost: the simulator's nothing."""
+    if is_loopback(base_url):
+        return "simulator_posts", options.model_copy(update={"post_usd": 0.0})
+    return "posts", options
 
 
 async def _run_until(

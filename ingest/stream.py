@@ -26,6 +26,7 @@ from overtone.logging import get_logger
 
 _KILL_AGAIN_AFTER_S = 60.0
 _MAX_PROBLEM_BYTES = 65_536
+_SPEND_CAP = "spend_cap"
 
 _log = get_logger()
 
@@ -93,12 +94,11 @@ class StreamConnection(AsyncStreamingClient):  # type: ignore[misc]
     tweepy's own loop reconnects without a pause after a clean end and stops for good on one bad line.
     """
 
-    def __init__(
-        self, base_url: str, token: str, inbox: Inbox, options: StreamOptions, opened: Callable[[], None]
-    ) -> None:
+    def __init__(self, api: XApi, token: str, inbox: Inbox, options: StreamOptions, opened: Callable[[], None]) -> None:
         super().__init__(token, return_type=dict)
         self._opened = opened
-        self._base_url = base_url
+        self._gate = api.gate
+        self._base_url = api.base_url
         self._inbox = inbox
         self._options = options
         self.status: int | None = None
@@ -147,6 +147,8 @@ class StreamConnection(AsyncStreamingClient):  # type: ignore[misc]
 
     async def on_data(self, raw_data: bytes) -> None:
         """Queue the line; with the queue full, give the connection up rather than slow the reader down."""
+        if b'"data"' in raw_data:
+            self._gate.count(1)
         try:
             self._inbox.put_nowait(raw_data)
         except asyncio.QueueFull:
@@ -200,6 +202,7 @@ class StreamSupervisor:
             StreamFatalError: the X API refuses the token, a rule or the request, or the spend cap is reached.
         """
         while True:
+            await self._until_allowed()
             await self._wait(self._budget.wait_s(), "budget")
             began = self._clock()
             error, was_connected = await self._one_life(inbox)
@@ -216,7 +219,7 @@ class StreamSupervisor:
             await self._wait(await self._pause_after(error), cause)
 
     async def _one_life(self, inbox: Inbox) -> tuple[StreamError, bool]:
-        connection = StreamConnection(self._api.base_url, self._token, inbox, self._options, self._note_opened)
+        connection = StreamConnection(self._api, self._token, inbox, self._options, self._note_opened)
         error: StreamError
         try:
             if not self._rules_are_right:
@@ -238,8 +241,12 @@ class StreamSupervisor:
     async def _hold(self, connection: StreamConnection) -> StreamError:
         """Keep the connection until it ends, and say why it did."""
         task: asyncio.Task[None] = connection.filter(**self._fields)
+        closed = asyncio.create_task(self._api.gate.until_closed())
         try:
-            await task
+            await asyncio.wait({task, closed}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                return StreamError("as many posts were read as the cap allows", cause=_SPEND_CAP)
+            task.result()
         except StreamError as error:
             return error
         except Exception as error:  # a defect here must cost one connection, never the stream
@@ -247,8 +254,14 @@ class StreamSupervisor:
             return StreamError(f"reading the stream failed: {type(error).__name__}", cause="failed")
         finally:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            closed.cancel()
+            await asyncio.gather(task, closed, return_exceptions=True)
         return StreamError("the stream ended", cause="closed")
+
+    async def _until_allowed(self) -> None:
+        if not self._api.gate.is_open:
+            self.status.last_error = "as many posts were read as the cap allows; reading goes on in the next period"
+            await self._api.gate.until_open()
 
     def _note_opened(self) -> None:
         self.status.is_connected = True

@@ -74,6 +74,12 @@ SPOOL_BYTES = Gauge(
 )
 SPOOLED = Counter("overtone_ingest_spooled_total", "Events of the stream that went through the disk.", ["step"])
 """step: `kept` when put on disk, `replayed` when stored from there."""
+SPEND_POSTS = Gauge(
+    "overtone_ingest_spend_posts", "Posts read from X in this billing period.", multiprocess_mode="livemax"
+)
+SPEND_CAP_POSTS = Gauge(
+    "overtone_ingest_spend_cap_posts", "Posts that may be read in a period; 0 for no cap.", multiprocess_mode="livemax"
+)
 DB_POOL = Gauge("overtone_db_pool_connections", "Connections of the pool.", ["state"], multiprocess_mode="livesum")
 
 

@@ -21,7 +21,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from ingest.options import ClassifyOptions, IngestOptions, RepairOptions, StreamOptions
+from ingest.options import ClassifyOptions, IngestOptions, RepairOptions, SpendOptions, StreamOptions
 from ingest.pipeline import Ingestion
 from ingest.posts import Generator, PostSource, open_posts
 from ingest.simulator import Simulator, SimulatorOptions
@@ -391,3 +391,22 @@ async def test_a_stop_stores_and_classifies_what_was_received(world: World) -> N
     await world.stop(task)
     posts = set(await world.rows("SELECT post_id FROM overtone.posts"))
     assert posts == set(await world.rows("SELECT post_id FROM overtone.predictions"))
+
+
+async def test_reading_stops_before_the_cap(world: World) -> None:
+    spend = SpendOptions(monthly_posts=300, stop_at=0.9)
+    await world.start_simulator(limit=2_000)
+    ingestion, task = world.start(QUICK.model_copy(update={"spend": spend}))
+    await eventually(lambda: _is_capped(ingestion))
+    await eventually(lambda: _has_published(world, 1_000))
+    status = ingestion.status()
+    # A page of a search is read whole: it is the most by which reading can go on.
+    assert 270 <= status["posts_read"] <= 270 + 100
+    assert await world.posts() <= status["posts_read"]
+    assert not status["connected"]
+    await world.stop(task)
+    assert await world.rows("SELECT count FROM overtone.api_usage") == [status["posts_read"]]
+
+
+async def _is_capped(ingestion: Ingestion) -> bool:
+    return "cap allows" in (ingestion.status()["last_error"] or "")
