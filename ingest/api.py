@@ -65,19 +65,34 @@ class XApi:
             StreamFatalError: X refuses a rule.
             StreamError: X cannot be reached or asks to wait.
         """
-        answer = await self._call(self._rules_client.get_rules())
-        held = answer.get("data") or []
+        held = await self.rules()
         to_add, to_delete, unknown = plan_rules(wanted, held)
-        if to_delete:
-            await self._call(self._rules_client.delete_rules(to_delete))
-        if to_add:
-            added = await self._call(
-                self._rules_client.add_rules([tweepy.StreamRule(value=rule.value, tag=rule.tag) for rule in to_add])
-            )
-            _check_added(added)
+        await self.change_rules(to_add, to_delete)
         if unknown:
-            _log.warning("rules.unknown_found", count=unknown, advice="they add posts; delete them at X if unwanted")
+            _log.warning(
+                "rules.unknown_found", count=len(unknown), advice="they add posts; `overtone ingest rules list`"
+            )
         _log.info("rules.reconciled", added=len(to_add), deleted=len(to_delete), kept=len(held) - len(to_delete))
+
+    async def rules(self) -> list[dict[str, str]]:
+        """The rules that X holds: `id`, `value` and, where they have one, `tag`."""
+        return list((await self._call(self._rules_client.get_rules())).get("data") or [])
+
+    async def change_rules(
+        self, to_add: Sequence[RuleOption], delete_ids: Sequence[str], *, dry_run: bool = False
+    ) -> None:
+        """Delete, then add rules; with `dry_run` X only checks them.
+
+        Raises:
+            StreamFatalError: X refuses a rule.
+            StreamError: X cannot be reached or asks to wait.
+        """
+        how = {"dry_run": "true"} if dry_run else {}
+        if delete_ids:
+            await self._call(self._rules_client.delete_rules(list(delete_ids), **how))
+        if to_add:
+            rules = [tweepy.StreamRule(value=rule.value, tag=rule.tag) for rule in to_add]
+            _check_added(await self._call(self._rules_client.add_rules(rules, **how)))
 
     async def search_recent(
         self,
@@ -126,12 +141,13 @@ class XApi:
 
 def plan_rules(
     wanted: Sequence[RuleOption], held: Sequence[Mapping[str, str]]
-) -> tuple[list[RuleOption], list[str], int]:
-    """What to add, the ids to delete, and how many rules are held under tags that nobody wants."""
+) -> tuple[list[RuleOption], list[str], list[str]]:
+    """What to add, the ids to delete, and the ids of rules held under tags that nobody wants."""
     by_tag = {rule.tag: rule.value for rule in wanted}
     right = {rule["tag"] for rule in held if rule.get("tag") in by_tag and by_tag[rule["tag"]] == rule["value"]}
     wanted_values = set(by_tag.values())
-    to_delete, unknown = [], 0
+    to_delete: list[str] = []
+    unknown: list[str] = []
     for rule in held:
         tag = rule.get("tag")
         if tag in by_tag and by_tag[tag] == rule["value"]:
@@ -140,7 +156,7 @@ def plan_rules(
         if tag in by_tag or rule["value"] in wanted_values:
             to_delete.append(rule["id"])
         else:
-            unknown += 1
+            unknown.append(rule["id"])
     return [rule for rule in wanted if rule.tag not in right], to_delete, unknown
 
 

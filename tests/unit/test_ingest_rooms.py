@@ -92,7 +92,7 @@ def test_rules_are_brought_in_line_by_tag() -> None:
         {"id": "4", "value": "cow"},
     ]
     add, delete, unknown = plan_rules([rule("same", "cat"), rule("changed", "new"), rule("new", "cow")], held)
-    assert ([item.tag for item in add], delete, unknown) == (["changed", "new"], ["2", "4"], 1)
+    assert ([item.tag for item in add], delete, unknown) == (["changed", "new"], ["2", "4"], ["3"])
 
 
 def test_short_rules_share_a_search() -> None:
