@@ -4,7 +4,7 @@ Every failure is a `StreamError` of `overtone.errors`; nothing is repeated here.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,9 +38,18 @@ class _Session:
 class XApi:
     """The X API at `base_url`. An async context manager: entering opens its connections, leaving closes them."""
 
-    def __init__(self, base_url: str, token: str, *, timeout_s: float = 30.0, gate: Gate | None = None) -> None:
-        """Posts are read only while `gate` is open."""
+    def __init__(
+        self,
+        base_url: str,
+        token: str,
+        *,
+        timeout_s: float = 30.0,
+        gate: Gate | None = None,
+        may_end_others: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Posts are read only while `gate` is open; other connections are ended only while `may_end_others` says so."""
         self.base_url = base_url
+        self._may_end_others = may_end_others
         self.gate = gate or Gate()
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0)
         self._rules_client = AsyncStreamingClient(token, return_type=dict)
@@ -127,6 +136,8 @@ class XApi:
 
     async def end_stale_connections(self) -> None:
         """Ask X to drop the filtered-stream connection that it still counts."""
+        if not self._may_end_others():
+            raise StreamError("the connection may be another leader's")
         await self._call(self._client._make_request("DELETE", "/2/connections/filtered_stream"))
 
     async def _call(self, awaitable: Any) -> dict[str, Any]:

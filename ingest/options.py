@@ -64,6 +64,15 @@ class SpoolOptions(_Options):
     """MiB on disk; when they are full, or with 0 of them, the stream is left and repaired later."""
 
 
+class LeaderOptions(_Options):
+    """How one process of several is found to read the stream."""
+
+    lease_s: Annotated[float, Field(ge=1, le=300)] = 8.0
+    """How long PostgreSQL hears nothing of the leader before another may lead."""
+    poll_s: Annotated[float, Field(gt=0, le=10)] = 0.25
+    """How often a standby looks whether it may lead."""
+
+
 class SpendOptions(_Options):
     """How many posts may be read in a month: each is billed."""
 
@@ -134,6 +143,7 @@ class IngestOptions(_Options):
     stream: StreamOptions = StreamOptions()
     write: WriteOptions = WriteOptions()
     spool: SpoolOptions = SpoolOptions()
+    leader: LeaderOptions = LeaderOptions()
     spend: SpendOptions = SpendOptions()
     classify: ClassifyOptions = ClassifyOptions()
     repair: RepairOptions = RepairOptions()

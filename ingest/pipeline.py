@@ -14,9 +14,11 @@ from ingest.api import XApi
 from ingest.backlog import Backlog
 from ingest.classify import Classifier
 from ingest.compliance import ComplianceKeeper
+from ingest.leader import Leadership
 from ingest.options import IngestOptions, SpendOptions, is_loopback
-from ingest.predict import client_for
-from ingest.repair import Repairer
+from ingest.predict import PredictClient, client_for
+from ingest.repair import Ledger, Repairer
+from ingest.salvage import salvage
 from ingest.spend import SpendMeter
 from ingest.store import PostStore
 from ingest.stream import Inbox, StreamSupervisor
@@ -25,7 +27,7 @@ from ingest.writer import Writer
 from overtone.db.database import Database
 from overtone.db.posts import claim_stream
 from overtone.erasure import open_eraser
-from overtone.errors import ConfigurationError, OvertoneError, StreamError, StreamFatalError
+from overtone.errors import ConfigurationError, FencedError, OvertoneError, StreamError, StreamFatalError
 from overtone.logging import get_logger
 from overtone.schema import Post
 from overtone.settings import Settings
@@ -66,6 +68,7 @@ class Pipeline:
         self._repairer: Repairer | None = None
         self._backlog: Backlog | None = None
         self._spend: SpendMeter | None = None
+        self._is_leader = False
         self._last_error: str | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -73,7 +76,7 @@ class Pipeline:
 
         Raises:
             StreamFatalError: the X API refuses for good. What was received is stored and classified first.
-            FencedError: a later process has taken over the stream.
+            FencedError: another process leads now.
             ConfigurationError: the database refuses the address.
         """
         async with AsyncExitStack() as stack:
@@ -81,22 +84,72 @@ class Pipeline:
             if db is None:
                 return
             stack.push_async_callback(db.close)
-            epoch = await self._unless(stop, until_it_works(lambda: claim_stream(db, self.source), self._note))
+            client = await stack.enter_async_context(client_for(self._settings, self._options.classify.timeout_s))
+            leadership = Leadership(self._database_url, self.source, self._options.leader, self._note)
+            stack.push_async_callback(leadership.close)
+            epoch = await self._unless(stop, self._lead(leadership, db, client))
             if epoch is None:
                 return
+            self._is_leader = True
+            _log.info("ingest.leading", stream=self.source, epoch=epoch)
             self._backlog = self._open_backlog()
             stack.callback(self._backlog.close)
             self._spend = SpendMeter(db, *billed(self._settings.x_api_base_url, self._options.spend))
-            api = await stack.enter_async_context(XApi(self._settings.x_api_base_url, self._token, gate=self._spend))
-            client = await stack.enter_async_context(client_for(self._settings, self._options.classify.timeout_s))
+            api = await stack.enter_async_context(
+                XApi(
+                    self._settings.x_api_base_url,
+                    self._token,
+                    gate=self._spend,
+                    may_end_others=lambda: leadership.is_sure,
+                )
+            )
             self._classifier = Classifier(db, client, self._options.classify)
             self._store = PostStore(db, self._classifier, epoch=epoch)
             self._last_error = None
-            await self._run_parts(stop, db, api)
+            await self._run_parts(stop, Ledger(db, self.source, epoch), api, leadership)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process reads the stream, and is no standby."""
+        return self._is_leader
+
+    async def _lead(self, leadership: Leadership, db: Database, client: PredictClient) -> int:
+        """Wait as a standby for as long as another process leads; then the epoch to write with."""
+        if not await leadership.try_once():
+            _log.info("ingest.standing_by", stream=self.source)
+            standby = asyncio.create_task(self._stand_by(db, client))
+            try:
+                await leadership.wait()
+            finally:
+                await _cancel([standby])
+        return await until_it_works(lambda: claim_stream(db, self.source), self._note)
+
+    async def _stand_by(self, db: Database, client: PredictClient) -> None:
+        """Store and classify what an earlier process of this machine left on disk."""
+        root, most = self._settings.home / "spool", self._options.spool.max_mib * 2**20
+        spools = await asyncio.to_thread(Spool.claim_all, root, self.source, most)
+        backlogs = [Backlog(spool) for spool in spools]
+        try:
+            if all(backlog.is_empty for backlog in backlogs):
+                return
+            classifier = Classifier(db, client, self._options.classify)
+            async with asyncio.TaskGroup() as tasks:
+                work = tasks.create_task(classifier.run())
+                await salvage(backlogs, PostStore(db, classifier, epoch=None), stream=f"{self.source}_spool")
+                await classifier.finish()
+                work.cancel()
+        finally:
+            for backlog in backlogs:
+                backlog.close()
 
     def status(self) -> dict[str, Any]:
         """Plain figures: what runs, how far it is, what is wrong."""
-        figures: dict[str, Any] = {"source": self.source, "connected": False, "queue_lines": self._inbox.qsize()}
+        figures: dict[str, Any] = {
+            "source": self.source,
+            "role": "leader" if self._is_leader else "standby",
+            "connected": False,
+            "queue_lines": self._inbox.qsize(),
+        }
         errors = [self._last_error]
         if self._supervisor is not None:
             stream = self._supervisor.status
@@ -130,7 +183,7 @@ class Pipeline:
         figures["last_error"] = next((error for error in errors if error), None)
         return figures
 
-    async def _run_parts(self, stop: asyncio.Event, db: Database, api: XApi) -> None:
+    async def _run_parts(self, stop: asyncio.Event, ledger: Ledger, api: XApi, leadership: Leadership) -> None:
         store, classifier, backlog, spend = self._store, self._classifier, self._backlog, self._spend
         assert store is not None
         assert backlog is not None
@@ -143,7 +196,7 @@ class Pipeline:
 
         fields = {"tweet_fields": options.tweet_fields, "expansions": options.expansions}
         self._repairer = Repairer(
-            db, api, stream=self.source, rules=options.rules, fields=fields, options=options.repair, store=store_found
+            ledger, api, rules=options.rules, fields=fields, options=options.repair, store=store_found
         )
         self._supervisor = StreamSupervisor(
             api, self._token, rules=options.rules, fields=fields, options=options.stream
@@ -152,11 +205,12 @@ class Pipeline:
         compliance = ComplianceKeeper(
             self._settings.x_api_base_url,
             self._token,
-            open_eraser(self._settings, db),
+            open_eraser(self._settings, ledger.db),
             source=self.source,
             options=options.compliance,
         )
         parts = [
+            leadership.hold(ledger.epoch),
             compliance.run(),
             classifier.run(),
             writer.run(),
@@ -222,7 +276,7 @@ class Ingestion:
         """Ingest until `stop` is set.
 
         Raises:
-            ConfigurationError, StreamFatalError, FencedError: starting again cannot help.
+            ConfigurationError, StreamFatalError: starting again cannot help.
         """
         wait_s = 1.0
         try:
@@ -232,6 +286,11 @@ class Ingestion:
                     self._pipeline = Pipeline(self._settings, self._options)
                     self._state = "running"
                     await self._pipeline.run(stop)
+                except FencedError as error:
+                    self._last_error = error.message
+                    _log.warning("ingest.stepped_down", reason=error.message)
+                    await _sleep_unless(stop, 1.0)
+                    continue
                 except OvertoneError as error:
                     self._last_error = error.message
                     if isinstance(error, ConfigurationError) or (

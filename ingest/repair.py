@@ -30,6 +30,7 @@ _MAX_WAIT_S = 60.0
 
 _log = get_logger()
 
+GapState = Literal["open", "closed", "repaired", "unrepairable"]
 StorePosts = Callable[[Sequence[Post]], Awaitable[int]]
 
 
@@ -50,24 +51,55 @@ class RepairStatus:
     last_error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The gaps of one stream, as its leader with this epoch may write them."""
+
+    db: Database
+    stream: str
+    epoch: int
+
+    async def reached(self) -> int:
+        """The newest stored post of the stream, 0 for none."""
+        found = await cursor(self.db, self.stream)
+        return found.post_id if found else 0
+
+    async def gaps(self, state: GapState) -> list[Gap]:
+        """The gaps in this state, oldest first."""
+        listed = await list_gaps(self.db, self.stream, limit=_MAX_GAPS)
+        return sorted((gap for gap in listed if gap.state == state), key=lambda gap: gap.gap_id)
+
+    async def open(self, cause: str, started_at: datetime | None, after_post_id: int | None) -> int:
+        """A new gap."""
+        return await open_gap(
+            self.db, self.stream, cause, started_at=started_at, after_post_id=after_post_id, epoch=self.epoch
+        )
+
+    async def bound(self, gap_id: int, before_post_id: int) -> None:
+        """The gap ended; it waits for repair."""
+        await close_gap(self.db, gap_id, before_post_id=before_post_id, epoch=self.epoch)
+
+    async def settle(self, gap_id: int, state: Literal["repaired", "unrepairable"], posts: int) -> None:
+        """What became of the gap."""
+        await close_gap(self.db, gap_id, state=state, repaired_posts=posts, epoch=self.epoch)
+
+
 class Repairer:
-    """Keeps the gaps of `stream` and repairs them, one after another, beside the live stream."""
+    """Keeps the gaps in `ledger` and repairs them, one after another, beside the live stream."""
 
     def __init__(
         self,
-        db: Database,
+        ledger: Ledger,
         api: XApi,
         *,
-        stream: str,
         rules: Sequence[RuleOption],
         fields: Mapping[str, Sequence[str]],
         options: RepairOptions,
         store: StorePosts,
     ) -> None:
         self.status = RepairStatus()
-        self._db = db
+        self._ledger = ledger
         self._api = api
-        self._stream = stream
         self._queries = search_queries(rules)
         self._fields = {name: list(values) for name, values in fields.items() if values}
         self._options = options
@@ -110,33 +142,27 @@ class Repairer:
                 self._is_due.set()
 
     async def _open(self, cause: str) -> int:
-        reached = await cursor(self._db, self._stream)
-        after = reached.post_id if reached else 0
-        started_at = snowflake_to_datetime(after) if after else None
-        return await open_gap(self._db, self._stream, cause, started_at=started_at, after_post_id=after or None)
+        after = await self._ledger.reached()
+        return await self._ledger.open(cause, snowflake_to_datetime(after) if after else None, after or None)
 
     async def _bound(self, at: datetime) -> None:
-        gaps = [gap for gap in await list_gaps(self._db, self._stream, limit=_MAX_GAPS) if gap.state == "open"]
-        ids: list[int | None] = [gap.gap_id for gap in gaps] or [await self._open_at_start(at)]
+        ids: list[int | None] = [gap.gap_id for gap in await self._ledger.gaps("open")]
         before = datetime_to_snowflake(at + _MARGIN)
-        for gap_id in ids:
+        for gap_id in ids or [await self._open_at_start(at)]:
             if gap_id is not None:
-                await close_gap(self._db, gap_id, before_post_id=before)
+                await self._ledger.bound(gap_id, before)
 
     async def _open_at_start(self, at: datetime) -> int | None:
         """The gap between an earlier process and this one, or what the very first start fetches."""
-        reached = await cursor(self._db, self._stream)
-        if reached is not None and reached.post_id:
+        if await self._ledger.reached():
             return await self._open("restart")
         if not self._options.first_start_back_s:
             return None
         since = at - timedelta(seconds=self._options.first_start_back_s)
-        after = datetime_to_snowflake(since)
-        return await open_gap(self._db, self._stream, "first_start", started_at=since, after_post_id=after)
+        return await self._ledger.open("first_start", since, datetime_to_snowflake(since))
 
     async def _waiting_gaps(self) -> list[Gap]:
-        gaps = await list_gaps(self._db, self._stream, limit=_MAX_GAPS)
-        waiting = sorted((gap for gap in gaps if gap.state == "closed"), key=lambda gap: gap.gap_id)
+        waiting = await self._ledger.gaps("closed")
         self.status.open_gaps = len(waiting)
         return waiting
 
@@ -160,7 +186,7 @@ class Repairer:
                 is_whole = False
         state: Literal["repaired", "unrepairable"] = "repaired" if is_whole else "unrepairable"
         for gap in gaps:
-            await close_gap(self._db, gap.gap_id, state=state, repaired_posts=repaired if gap is gaps[0] else 0)
+            await self._ledger.settle(gap.gap_id, state, repaired if gap is gaps[0] else 0)
         self.status.open_gaps -= len(gaps)
         self.status.repaired_posts += repaired
         _log.info("gap.closed", gaps=[gap.gap_id for gap in gaps], cause=gaps[0].cause, state=state, posts=repaired)

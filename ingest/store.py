@@ -32,9 +32,9 @@ class StoreStatus:
 
 
 class PostStore:
-    """Writes posts of one source; `epoch` fences off an earlier process that still writes."""
+    """Writes posts of one source; with an `epoch`, only as long as no later leader of the stream has come."""
 
-    def __init__(self, db: Database, classifier: Classifier, *, epoch: int) -> None:
+    def __init__(self, db: Database, classifier: Classifier, *, epoch: int | None) -> None:
         self.status = StoreStatus()
         self._db = db
         self._classifier = classifier

@@ -153,10 +153,21 @@ async def write_dead_letter(db: Database, raw: bytes, reason: str, *, post_id: i
 
 
 async def open_gap(
-    db: Database, stream: str, cause: str, *, started_at: datetime | None = None, after_post_id: int | None = None
+    db: Database,
+    stream: str,
+    cause: str,
+    *,
+    started_at: datetime | None = None,
+    after_post_id: int | None = None,
+    epoch: int | None = None,
 ) -> int:
-    """Write down that `stream` may be missing posts from `started_at` (now) on; return the gap's id."""
+    """Write down that `stream` may be missing posts from `started_at` (now) on; return the gap's id.
+
+    Raises:
+        FencedError: `epoch` is given and a later leader has taken over `stream`; nothing was written.
+    """
     async with db.transaction() as connection:
+        await _require_leader(connection, stream, epoch)
         return int(
             await connection.fetchval(
                 "INSERT INTO overtone.stream_gaps (stream, cause, started_at, after_post_id)"
@@ -176,9 +187,16 @@ async def close_gap(
     state: Literal["closed", "repaired", "unrepairable"] = "closed",
     before_post_id: int | None = None,
     repaired_posts: int = 0,
+    epoch: int | None = None,
 ) -> None:
-    """Write down that the gap ended, and what became of it: `closed` ones still wait for repair."""
+    """Write down that the gap ended, and what became of it: `closed` ones still wait for repair.
+
+    Raises:
+        FencedError: `epoch` is given and a later leader has taken over the stream; nothing was written.
+    """
     async with db.transaction() as connection:
+        stream = await connection.fetchval("SELECT stream FROM overtone.stream_gaps WHERE id = $1", gap_id)
+        await _require_leader(connection, stream, epoch)
         await connection.execute(
             "UPDATE overtone.stream_gaps SET state = $2, ended_at = coalesce(ended_at, now()),"
             " before_post_id = coalesce($3, before_post_id), repaired_posts = repaired_posts + $4 WHERE id = $1",
@@ -200,6 +218,13 @@ async def list_gaps(db: Database, stream: str | None = None, *, limit: int = 100
             limit,
         )
     return [Gap(**row) for row in rows]
+
+
+async def _require_leader(connection: Connection, stream: str, epoch: int | None) -> None:
+    """Keep later leaders out until the transaction ends, or raise FencedError if there is one."""
+    newest = await connection.fetchval("SELECT epoch FROM overtone.stream_cursor WHERE stream = $1 FOR SHARE", stream)
+    if epoch is not None and newest is not None and newest > epoch:
+        raise FencedError(f"Another leader has taken over the stream {stream!r}.", stream=stream, epoch=epoch)
 
 
 def _prepare(posts: Sequence[Post], now: datetime) -> _Batch:

@@ -336,3 +336,14 @@ def test_any_text_can_be_posted(postgres_url: str, texts: list[str]) -> None:
         await db.close()
 
     asyncio.run(write())
+
+
+async def test_a_fenced_leader_changes_no_gap(fresh_database: Database) -> None:
+    old = await claim_stream(fresh_database, "s")
+    gap = await open_gap(fresh_database, "s", "network", epoch=old)
+    await claim_stream(fresh_database, "s")
+    with pytest.raises(FencedError):
+        await open_gap(fresh_database, "s", "network", epoch=old)
+    with pytest.raises(FencedError):
+        await close_gap(fresh_database, gap, before_post_id=9, epoch=old)
+    assert [one.state for one in await list_gaps(fresh_database, "s")] == ["open"]

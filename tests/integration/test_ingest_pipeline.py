@@ -21,7 +21,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from ingest.options import ClassifyOptions, IngestOptions, RepairOptions, SpendOptions, StreamOptions
+from ingest.options import ClassifyOptions, IngestOptions, LeaderOptions, RepairOptions, SpendOptions, StreamOptions
 from ingest.pipeline import Ingestion
 from ingest.posts import Generator, PostSource, open_posts
 from ingest.simulator import Simulator, SimulatorOptions
@@ -29,7 +29,7 @@ from overtone.db import Database
 from overtone.db.embedded import EmbeddedPostgres
 from overtone.db.migrate import upgrade
 from overtone.db.posts import list_gaps
-from overtone.errors import FencedError, OvertoneError, StreamFatalError
+from overtone.errors import OvertoneError, StreamFatalError
 from overtone.settings import Settings, environment_for, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -365,14 +365,67 @@ async def _has_published(world: World, count: int) -> bool:
     return world.simulator.timeline.end >= count
 
 
-async def test_a_second_process_takes_over_and_the_first_gives_up(world: World) -> None:
+async def test_a_second_process_stands_by_and_takes_over(world: World) -> None:
     await world.start_simulator(limit=1_500)
-    _, first = world.start()
+    first, leading = world.start()
     await world.until_posts(200)
-    world.start()
-    with pytest.raises(FencedError):
-        await asyncio.wait_for(first, 30)
+    second, _ = world.start()
+    await eventually(lambda: _has_role(second, "standby"))
+    await world.until_posts(400)
+    assert (first.status()["role"], second.status()["connected"]) == ("leader", False)
+    await world.crash(leading)
+    await eventually(lambda: _has_role(second, "leader"))
     await world.until_whole()
+
+
+async def test_a_leader_that_was_paused_steps_down(world: World) -> None:
+    """PostgreSQL hears nothing of it and gives the lock to the standby; what it still writes is refused."""
+    await world.start_simulator(rate=200.0, limit=2_500)
+    leader = LeaderOptions(lease_s=1.0, poll_s=0.1)
+    (world.home.parent / "ha.yaml").write_text(
+        QUICK.model_copy(update={"leader": leader}).model_dump_json(exclude_unset=True)
+    )
+    environment = environment_for(
+        world.settings,
+        TWITTER_BEARER_TOKEN="t",
+        X_API_BASE_URL=world.settings.x_api_base_url,
+        DATABASE_URL=world.url,
+        OVERTONE_API_KEY=KEY,
+        LOG_LEVEL="INFO",
+    )
+    log = world.home.parent / "paused.log"
+    command = [sys.executable, "-m", "ingest", "--config", str(world.home.parent / "ha.yaml")]
+
+    def spawn() -> subprocess.Popen[bytes]:
+        with log.open("wb") as file:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+    process = spawn()
+    try:
+        await world.until_posts(200)
+        standby, _ = world.start(QUICK.model_copy(update={"leader": leader}))
+        await eventually(lambda: _has_role(standby, "standby"))
+        process.send_signal(signal.SIGSTOP)
+        await eventually(lambda: _has_role(standby, "leader"))
+        before = await world.posts()
+        await world.until_posts(before + 200)
+        process.send_signal(signal.SIGCONT)
+        await eventually(lambda: asyncio.to_thread(_says, log, "ingest.stepped_down", "ingest.standing_by"))
+        await world.until_whole()
+        assert standby.status()["role"] == "leader"
+        assert await world.rows("SELECT epoch FROM overtone.stream_cursor WHERE stream = 'simulator'") == [2]
+        await eventually(lambda: _no_gap_left(world))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _says(log: Path, *words: str) -> bool:
+    return all(word in log.read_text() for word in words)
+
+
+async def _has_role(ingestion: Ingestion, role: str) -> bool:
+    return bool(ingestion.status().get("role") == role)
 
 
 async def test_a_refused_token_ends_the_ingestion_and_says_so(world: World) -> None:

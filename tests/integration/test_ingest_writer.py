@@ -12,12 +12,13 @@ import pytest
 from ingest.backlog import Backlog
 from ingest.options import RepairOptions, WriteOptions
 from ingest.repair import Repairer
+from ingest.salvage import salvage
 from ingest.store import PostStore
 from ingest.stream import Connected, Disconnected, Inbox, StreamEvent
 from ingest.writer import Writer, steps
 from overtone.errors import DatabaseUnavailableError
 from overtone.schema import Post
-from overtone.spool import Spool
+from overtone.spool import Record, Spool
 
 MIB = 2**20
 OPTIONS = WriteOptions(batch_rows=10, flush_s=0.01)
@@ -51,7 +52,6 @@ class BookRepairer(Repairer):
         super().__init__(
             None,  # type: ignore[arg-type]
             None,  # type: ignore[arg-type]
-            stream="s",
             rules=(),
             fields={},
             options=RepairOptions(),
@@ -181,3 +181,13 @@ def test_marks_stand_alone_among_runs_of_lines() -> None:
     events: list[StreamEvent] = [b"1", b"2", gone, back, b"3"]
     assert list(steps(events)) == [[b"1", b"2"], [gone], [back], [b"3"]]
     assert list(steps([])) == []
+
+
+async def test_a_standby_stores_what_was_left_on_disk(tmp_path: Path) -> None:
+    book = Book()
+    spool = Spool(tmp_path / "spool", MIB)
+    spool.append([Record(0, line(1)), Record(2, b"reset"), Record(0, line(2))])
+    backlog = Backlog(spool)
+    assert await salvage([backlog], BookStore(book), stream="s_spool") == 2
+    assert (book.said, backlog.is_empty) == (["1", "2"], True)
+    backlog.close()
