@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ingest.backlog import DAMAGED, Backlog
@@ -19,8 +20,20 @@ from overtone.schema import Post
 
 _FIRST_WAIT_S = 0.1
 _MAX_WAIT_S = 1.0
+_PARSED_AT_ONCE = 16
+"""Lines: a tenth of a millisecond in which the loop does nothing else."""
 
 _log = get_logger()
+
+
+@dataclass(slots=True)
+class Step:
+    """Events that are stored as one: a mark, or lines."""
+
+    events: int = 0
+    mark: Connected | Disconnected | None = None
+    posts: list[Post] = field(default_factory=list)
+    others: list[Bad | StreamProblem] = field(default_factory=list)
 
 
 class Writer:
@@ -63,9 +76,9 @@ class Writer:
         while True:
             if self._held or not self._backlog.is_empty:
                 await self._catch_up()
-                continue
-            await self._take()
-            self._held = await self._stored(self._held)
+            else:
+                await self._take()
+                await self._store_held()
 
     async def finish(self) -> None:
         """Return when everything that was received is stored; from here on nothing waits for a batch to fill."""
@@ -82,6 +95,26 @@ class Writer:
 
     def _waiting(self, room: int) -> list[StreamEvent]:
         return [self._inbox.get_nowait() for _ in range(min(room, self._inbox.qsize()))]
+
+    async def _store_held(self) -> None:
+        """Store what is held, and then what came meanwhile for as long as that fills batches.
+
+        A batch is parsed while the database is at work on the one before it.
+        """
+        rows, ready = self._options.batch_rows, await _parsed(self._held)
+        while ready:
+            size = len(self._held)
+            storing = asyncio.create_task(self._stored(ready))
+            try:
+                more = self._waiting(rows) if self._inbox.qsize() >= rows else []
+                self._held = [*self._held, *more]
+                ready = await _parsed(more)
+                done = await storing
+            finally:
+                storing.cancel()
+            self._held = self._held[done:]
+            if done < size:
+                return
 
     async def _catch_up(self) -> None:
         """Store the backlog, while what comes in joins it."""
@@ -116,23 +149,23 @@ class Writer:
         """Try to store the oldest events; whether that went well."""
         async with self._held_moves:
             if self._backlog.is_empty:
-                self._held = await self._stored(self._held)
+                self._held = self._held[await self._stored(await _parsed(self._held)) :]
                 return not self._held
         batch = await self._backlog.peek(self._options.batch_rows)
         if batch.is_damaged and not batch.events:
             marks: Sequence[StreamEvent] = (Disconnected(DAMAGED), Connected(datetime.now(UTC)))
-            if await self._stored(marks):
+            if await self._stored(await _parsed(marks)) < len(marks):
                 return False
             _log.error("spool.damaged", advice="what could not be read is fetched by search")
-        left = await self._stored(batch.events)
-        await self._backlog.drop(batch, len(batch.events) - len(left))
-        return not left
+        done = await self._stored(await _parsed(batch.events))
+        await self._backlog.drop(batch, done)
+        return done == len(batch.events)
 
-    async def _stored(self, events: Sequence[StreamEvent]) -> Sequence[StreamEvent]:
-        """Store `events`, and return those that the database did not take."""
+    async def _stored(self, steps: Sequence[Step]) -> int:
+        """Store `steps` in their order, and return how many of their events the database took."""
         metrics.INGEST_QUEUE.set(self._inbox.qsize())
         done = 0
-        for step in steps(events):
+        for step in steps:
             try:
                 await self._store_step(step)
             except DatabaseUnavailableError as error:
@@ -140,28 +173,21 @@ class Writer:
                 self._may_be_stored = True
                 break
             self._may_be_stored = False
-            done += len(step)
-        return events[done:]
+            done += step.events
+        return done
 
-    async def _store_step(self, step: Sequence[StreamEvent]) -> None:
-        first = step[0]
-        if isinstance(first, Connected):
-            await self._repairer.note_connected(first.at)
-        elif isinstance(first, Disconnected):
-            await self._repairer.note_disconnected(first.cause)
-        else:
-            await self._store_lines([line for line in step if isinstance(line, bytes)])
-
-    async def _store_lines(self, lines: Sequence[bytes]) -> None:
-        parsed = [parse_line(line) for line in lines]
-        posts = [one for one in parsed if isinstance(one, Post)]
-        if posts:
-            await self._store.store_once(posts, stream=self._stream, is_repeat=self._may_be_stored)
-            self._count(posts)
-        for one in parsed:
+    async def _store_step(self, step: Step) -> None:
+        if isinstance(step.mark, Connected):
+            await self._repairer.note_connected(step.mark.at)
+        elif isinstance(step.mark, Disconnected):
+            await self._repairer.note_disconnected(step.mark.cause)
+        if step.posts:
+            await self._store.store_once(step.posts, stream=self._stream, is_repeat=self._may_be_stored)
+            self._count(step.posts)
+        for one in step.others:
             if isinstance(one, StreamProblem):
                 _log.warning("stream.problem_received", kind=one.kind, title=one.title)
-            elif isinstance(one, Bad):
+            else:
                 await self._store.put_aside(one)
 
     def _count(self, posts: Sequence[Post]) -> None:
@@ -173,14 +199,26 @@ class Writer:
         metrics.STREAM_LAG_SECONDS.set(lag_s)
 
 
-def steps(events: Sequence[StreamEvent]) -> Iterator[Sequence[StreamEvent]]:
-    """`events` in pieces that are stored as one: runs of lines, and each mark by itself."""
-    start = 0
-    for number, event in enumerate(events):
+async def _parsed(events: Sequence[StreamEvent]) -> list[Step]:
+    """`steps` of `events`, with pauses in which the rest of the process goes on."""
+    made: list[Step] = []
+    for start in range(0, len(events), _PARSED_AT_ONCE):
+        steps(events[start : start + _PARSED_AT_ONCE], made)
+        await asyncio.sleep(0)
+    return made
+
+
+def steps(events: Sequence[StreamEvent], made: list[Step]) -> None:
+    """Add `events` to `made`: runs of lines in one step, and each mark in a step of its own."""
+    for event in events:
         if not isinstance(event, bytes):
-            if start < number:
-                yield events[start:number]
-            yield events[number : number + 1]
-            start = number + 1
-    if start < len(events):
-        yield events[start:]
+            made.append(Step(1, mark=event))
+            continue
+        if not made or made[-1].mark is not None:
+            made.append(Step())
+        step, parsed = made[-1], parse_line(event)
+        step.events += 1
+        if isinstance(parsed, Post):
+            step.posts.append(parsed)
+        elif isinstance(parsed, Bad | StreamProblem):
+            step.others.append(parsed)

@@ -15,7 +15,7 @@ from ingest.repair import Repairer
 from ingest.salvage import salvage
 from ingest.store import PostStore
 from ingest.stream import Connected, Disconnected, Inbox, StreamEvent
-from ingest.writer import Writer, steps
+from ingest.writer import Step, Writer, steps
 from overtone.errors import DatabaseUnavailableError
 from overtone.schema import Post
 from overtone.spool import Record, Spool
@@ -178,9 +178,16 @@ async def test_damage_becomes_a_gap(open_desk: Callable[..., Desk], tmp_path: Pa
 
 def test_marks_stand_alone_among_runs_of_lines() -> None:
     gone, back = Disconnected("x"), Connected(datetime.now(UTC))
-    events: list[StreamEvent] = [b"1", b"2", gone, back, b"3"]
-    assert list(steps(events)) == [[b"1", b"2"], [gone], [back], [b"3"]]
-    assert list(steps([])) == []
+    made: list[Step] = []
+    steps([line(1), b"", b"{", gone, back, line(2)], made)
+    steps([line(3)], made)
+    assert [(step.events, step.mark, [post.post_id for post in step.posts]) for step in made] == [
+        (3, None, [1]),
+        (1, gone, []),
+        (1, back, []),
+        (2, None, [2, 3]),
+    ]
+    assert [len(step.others) for step in made] == [1, 0, 0, 0]
 
 
 async def test_a_standby_stores_what_was_left_on_disk(tmp_path: Path) -> None:

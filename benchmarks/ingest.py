@@ -1,0 +1,232 @@
+"""`python -m benchmarks.ingest`: how fast lines of the stream become stored posts, and how late.
+
+The product's own writer, parser and statements against a PostgreSQL of its own on this machine, durable as in
+production; nothing is classified. The other side of the ratio writes the same rows, parsed beforehand, by the plainest
+INSERT of arrays with ON CONFLICT, without cursor, tallies, tombstones and fence.
+"""
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results import RESULTS, Result, middle, ratio, write
+from ingest.backlog import Backlog
+from ingest.classify import Classifier
+from ingest.options import ClassifyOptions, RepairOptions, WriteOptions
+from ingest.parse import parse_line
+from ingest.posts import Generator
+from ingest.predict import PredictClient
+from ingest.repair import Ledger, Repairer
+from ingest.store import PostStore
+from ingest.stream import Inbox
+from ingest.timeline import Timeline, to_line
+from ingest.waiting import until_true
+from ingest.writer import Writer
+from overtone.db.database import Database
+from overtone.db.embedded import EmbeddedPostgres
+from overtone.db.migrate import upgrade
+from overtone.db.payload import json_text
+from overtone.db.posts import claim_stream
+from overtone.errors import DataError
+from overtone.schema import Post
+from overtone.spool import Spool
+
+OUTPUT = RESULTS.with_name("ingest.json")
+AIMS = {
+    "ingest.store.posts_per_s": "at least 10000",
+    "ingest.store.ratio_to_unnest": "at least 0.5",
+    "ingest.store.receive_to_commit_p99_ms": "at most 400",
+    "ingest.store.memory_growth_mib": "flat",
+}
+_FIELDS = frozenset({"author_id", "created_at", "lang", "conversation_id", "public_metrics"})
+_BARE = (
+    "INSERT INTO overtone.posts (post_id, author_id, text, created_at, lang, rule_tags, payload, stream)"
+    " SELECT p, a, t, c, l, '{}', j::jsonb, 'bare'"
+    " FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::timestamptz[], $5::text[], $6::text[])"
+    " AS r (p, a, t, c, l, j) ON CONFLICT (post_id) DO NOTHING"
+)
+_STREAM = "benchmark"
+
+_console = Console(stderr=True)
+
+
+def main(
+    posts: Annotated[int, typer.Option(min=1_000, help="Posts of each side in a round.")] = 50_000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Rounds; each side has its turn in each.")] = 5,
+    seconds: Annotated[float, typer.Option(min=1, help="How long posts come at 250 a second, for the delay.")] = 20.0,
+    output: Annotated[Path, typer.Option(help="The file the results are written to.")] = OUTPUT,
+) -> None:
+    """Measure and write the results."""
+    with tempfile.TemporaryDirectory(prefix="ovi-", dir="/tmp") as folder:
+        results = asyncio.run(_measure(Path(folder), posts, rounds, seconds))
+    write(results, output, model_version="none", quick=False)
+    table = Table("measured", "value", "aim", box=None)
+    for name, result in results.items():
+        table.add_row(name, f"{result.value:g} {result.unit}", AIMS[name])
+    _console.print(table)
+
+
+async def _measure(folder: Path, posts: int, rounds: int, seconds: float) -> dict[str, Result]:
+    server = EmbeddedPostgres(folder / "data", folder / "s")
+    url = await asyncio.to_thread(server.start)
+    try:
+        await upgrade(url)
+        db = await Database.open(url, max_size=4)
+        try:
+            return await _rounds(db, folder, posts, rounds, seconds)
+        finally:
+            await db.close()
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def _rounds(db: Database, folder: Path, posts: int, rounds: int, seconds: float) -> dict[str, Result]:
+    source = _Source()
+    async with _desk(db, folder) as desk:
+        await desk.throughput(source.lines(2_000))
+        ours, bare, memory = list[float](), list[float](), list[float]()
+        for number in range(rounds):
+            _console.print(f"round {number + 1} of {rounds}")
+            lines, others = source.lines(posts), source.lines(posts)
+            ours.append(await desk.throughput(lines))
+            memory.append(psutil.Process().memory_info().rss / 2**20)
+            bare.append(await _bare(db, [one for line in others if isinstance(one := parse_line(line), Post)]))
+        delays = await desk.delays(source.lines(int(seconds * 250)), 250.0)
+    cuts = statistics.quantiles(delays, n=100)
+    return {
+        "ingest.store.posts_per_s": Result(middle(ours, 0), "posts/s", True, {"samples": ours, "posts": posts}),
+        "ingest.store.ratio_to_unnest": ratio(ours, bare, bare_posts_per_s=bare),
+        "ingest.store.receive_to_commit_p99_ms": Result(
+            round(cuts[98] * 1000, 1), "ms", False, {"p50_ms": round(cuts[49] * 1000, 1), "posts_per_s": 250}
+        ),
+        "ingest.store.memory_growth_mib": Result(
+            round(memory[-1] - memory[0], 1), "MiB", False, {"samples": memory, "posts_a_sample": posts}
+        ),
+    }
+
+
+class _Source:
+    """Lines as the stream would send them, of ever new posts, a day old."""
+
+    def __init__(self) -> None:
+        self._now = (datetime.now(UTC) - timedelta(days=1)).timestamp()
+        self._timeline = Timeline(Generator(seed=1), rate=10_000.0, started_at=self._now)
+
+    def lines(self, count: int) -> list[bytes]:
+        """The next `count` lines."""
+        first = self._timeline.end
+        while self._timeline.end < first + count:
+            self._now += 1.0
+            self._timeline.publish_due(self._now)
+        rules = [{"id": "1", "tag": "benchmark"}]
+        return [
+            to_line({"data": self._timeline.post(position, _FIELDS), "matching_rules": rules}).rstrip()
+            for position in range(first, first + count)
+        ]
+
+
+class _NoClassifier(Classifier):
+    """Lets posts be stored and no more."""
+
+    def offer(self, posts: Iterable[Post]) -> None:
+        """Nothing is classified here."""
+
+
+class _Noted(PostStore):
+    """Counts what was stored, and remembers when which post was."""
+
+    stored = 0
+    notes = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.stored_at: dict[int, float] = {}
+
+    async def store_once(self, posts: Sequence[Post], *, stream: str, is_repeat: bool = False) -> int:
+        """Store, and note."""
+        new = await super().store_once(posts, stream=stream, is_repeat=is_repeat)
+        self.stored += new
+        if self.notes:
+            now = time.perf_counter()
+            self.stored_at.update((post.post_id, now) for post in posts)
+        return new
+
+
+class _Desk:
+    """A writer at work, and the inbox that it empties."""
+
+    def __init__(self, inbox: Inbox, store: _Noted) -> None:
+        self._inbox = inbox
+        self._store = store
+
+    async def throughput(self, lines: Sequence[bytes]) -> float:
+        """Posts a second when all of `lines` are there at once."""
+        wanted = self._store.stored + len(lines)
+        began = time.perf_counter()
+        for line in lines:
+            self._inbox.put_nowait(line)
+        await until_true(lambda: self._store.stored >= wanted, every_s=0.005)
+        return len(lines) / (time.perf_counter() - began)
+
+    async def delays(self, lines: Sequence[bytes], rate: float) -> list[float]:
+        """Seconds from receipt to commit of each post, when `rate` of them come a second."""
+        received: dict[int, float] = {}
+        self._store.notes = True
+        began = time.perf_counter()
+        for number, line in enumerate(lines):
+            await asyncio.sleep(max(began + number / rate - time.perf_counter(), 0.0))
+            parsed = parse_line(line)
+            assert isinstance(parsed, Post)
+            received[parsed.post_id] = time.perf_counter()
+            self._inbox.put_nowait(line)
+        await until_true(lambda: len(self._store.stored_at) >= len(lines))
+        return [self._store.stored_at[post_id] - moment for post_id, moment in received.items()]
+
+
+@asynccontextmanager
+async def _desk(db: Database, folder: Path) -> Any:
+    epoch = await claim_stream(db, _STREAM)
+    client = PredictClient("http://127.0.0.1:1", "X-API-Key", lambda: "")
+    store = _Noted(db, _NoClassifier(db, client, ClassifyOptions()), epoch=epoch)
+    ledger = Ledger(db, _STREAM, epoch)
+    repairer = Repairer(ledger, None, rules=(), fields={}, options=RepairOptions(), store=None)  # type: ignore[arg-type]
+    inbox: Inbox = asyncio.Queue()
+    backlog = Backlog(Spool(folder / "spool", 2**30))
+    writer = Writer(inbox, backlog, store, repairer, stream=_STREAM, options=WriteOptions())
+    task = asyncio.create_task(writer.run())
+    try:
+        yield _Desk(inbox, store)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        backlog.close()
+
+
+async def _bare(db: Database, posts: Sequence[Post]) -> float:
+    rows = [
+        (post.post_id, post.author_id, post.text, post.created_at, post.lang, json_text(post.payload)) for post in posts
+    ]
+    size = WriteOptions().batch_rows
+    batches = [list(zip(*rows[start : start + size], strict=True)) for start in range(0, len(rows), size)]
+    began, stored = time.perf_counter(), 0
+    for batch in batches:
+        async with db.transaction() as connection:
+            stored += int((await connection.execute(_BARE, *batch)).rpartition(" ")[2])
+    if stored != len(rows):
+        raise DataError(f"{len(rows)} posts were to be stored, and {stored} were.")
+    return stored / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    typer.run(main)
