@@ -131,6 +131,16 @@ class ComplianceOptions(_Options):
     """How long events are gathered before they are done together."""
 
 
+class RetentionOptions(_Options):
+    """How often months over the limits of the settings are archived and dropped."""
+
+    every_s: Annotated[float, Field(ge=0, le=30 * 86_400)] = 86_400.0
+    """0: never here, for those who schedule `overtone db retention` themselves."""
+    first_after_s: Seconds = 300.0
+    again_after_s: Seconds = 600.0
+    """How long after a failure it is tried again."""
+
+
 class IngestOptions(_Options):
     """Everything above together."""
 
@@ -148,6 +158,7 @@ class IngestOptions(_Options):
     classify: ClassifyOptions = ClassifyOptions()
     repair: RepairOptions = RepairOptions()
     compliance: ComplianceOptions = ComplianceOptions()
+    retention: RetentionOptions = RetentionOptions()
     drain_s: Annotated[float, Field(ge=0, le=600)] = 10.0
     """How long a stop waits for posts already received to be stored and classified."""
 

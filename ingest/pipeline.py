@@ -18,6 +18,7 @@ from ingest.leader import Leadership
 from ingest.options import IngestOptions, SpendOptions, is_loopback
 from ingest.predict import PredictClient, client_for
 from ingest.repair import Ledger, Repairer
+from ingest.retention import RetentionKeeper
 from ingest.salvage import salvage
 from ingest.spend import SpendMeter
 from ingest.store import PostStore
@@ -212,6 +213,7 @@ class Pipeline:
         parts = [
             leadership.hold(ledger.epoch),
             compliance.run(),
+            RetentionKeeper(ledger.db, self._settings, options.retention).run(),
             classifier.run(),
             writer.run(),
             spend.run(api.usage if self._asks_usage else None),

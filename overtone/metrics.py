@@ -80,6 +80,9 @@ SPEND_POSTS = Gauge(
 SPEND_CAP_POSTS = Gauge(
     "overtone_ingest_spend_cap_posts", "Posts that may be read in a period; 0 for no cap.", multiprocess_mode="livemax"
 )
+RETENTION_DONE = Gauge(
+    "overtone_ingest_retention_done_seconds", "Unix time of the last retention.", multiprocess_mode="livemax"
+)
 DB_POOL = Gauge("overtone_db_pool_connections", "Connections of the pool.", ["state"], multiprocess_mode="livesum")
 
 

@@ -1,5 +1,6 @@
 """Retention in a real database: old months go, archived if asked, and nothing else does."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from ingest.options import RetentionOptions
+from ingest.retention import RetentionKeeper
 from overtone.archive import ParquetArchive
 from overtone.db import Database
 from overtone.db.erasure import erase_posts
@@ -16,6 +19,7 @@ from overtone.db.retention import Limits, expired, plan_retention, retain
 from overtone.erasure_files import erase_from_folder
 from overtone.errors import ConfigurationError
 from overtone.schema import Post, Prediction, datetime_to_snowflake
+from overtone.settings import load_settings
 
 NOW = datetime.now(UTC)
 OLD = datetime_to_snowflake(datetime(2020, 1, 10, tzinfo=UTC))
@@ -100,3 +104,23 @@ async def test_an_archive_that_fails_loses_nothing(fresh_database: Database) -> 
 def test_an_archive_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="ARCHIVE_URL"):
         ParquetArchive("nowhere://x")
+
+
+async def test_the_leader_keeps_to_the_limits_beside_the_stream(fresh_database: Database, tmp_path: Path) -> None:
+    await fill(fresh_database)
+    settings = load_settings(archive_url=str(tmp_path / "archive"))
+    options = RetentionOptions(every_s=3_600, first_after_s=0.01)
+    task = asyncio.create_task(RetentionKeeper(fresh_database, settings, options).run())
+    async with asyncio.timeout(30):
+        while await ids(fresh_database, "posts") != [NEW]:  # noqa: ASYNC110  the database is what changes
+            await asyncio.sleep(0.05)
+    assert (tmp_path / "archive" / "posts_2020_01.parquet").is_file()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_archive_that_cannot_be_used_drops_nothing(fresh_database: Database) -> None:
+    await fill(fresh_database)
+    keeper = RetentionKeeper(fresh_database, load_settings(archive_url="nosuch://x"), RetentionOptions())
+    assert not await keeper.keep()
+    assert await ids(fresh_database, "posts") == [OLD, OLD + 1, NEW]
