@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from ingest.options import IngestOptions, suited_to
+from ingest.options import MAX_STANDBYS, IngestOptions, suited_to
 from ingest.pipeline import Ingestion
 from overtone.errors import OvertoneError
 from overtone.logging import configure, get_logger
@@ -59,34 +59,45 @@ class IngestActor:
             raise
 
 
-def start_actor(settings: Settings, options: IngestOptions | None = None, *, metrics_folder: Path | None = None) -> Any:
-    """The handle of the ingest actor, which is started unless it runs already. Ray must be connected.
+def start_actors(
+    settings: Settings, options: IngestOptions | None = None, *, metrics_folder: Path | None = None
+) -> list[Any]:
+    """The handles of the ingest actors, one and its standbys, which are started unless they run. Ray must be connected.
 
-    `options` default to what suits `settings.x_api_base_url`. With `metrics_folder` the actor adds its metrics to those
-    of the other processes of the machine there. Everything else it takes from its own settings.
+    `options` default to what suits `settings.x_api_base_url`. With `metrics_folder` the actors add their metrics to
+    those of the other processes of the machine there. Everything else they take from their own settings.
     """
     chosen = suited_to(settings.x_api_base_url, options)
     # prometheus_client looks for the folder when it is imported, before any code of the actor runs.
     extra = {} if metrics_folder is None else {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)}
-    return (
+    return [
         ray.remote(IngestActor)
         .options(
-            name=ACTOR_NAME,
+            name=name,
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
             max_restarts=-1,
             max_task_retries=-1,
             num_cpus=0,
+            scheduling_strategy="SPREAD",
             runtime_env={"env_vars": extra} if extra else None,
         )
         .remote(chosen.model_dump(mode="json"))
-    )
+        for name in _names(chosen.leader.standbys)
+    ]
 
 
-def find_actor() -> Any | None:
-    """The handle of the running ingest actor, None when there is none. Ray must be connected."""
-    try:
-        return ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
-    except ValueError:
-        return None
+def find_actors() -> list[Any]:
+    """The handles of the ingest actors that run. Ray must be connected."""
+    found = []
+    for name in _names(MAX_STANDBYS):
+        try:
+            found.append(ray.get_actor(name, namespace=NAMESPACE))
+        except ValueError:
+            continue
+    return found
+
+
+def _names(standbys: int) -> list[str]:
+    return [ACTOR_NAME, *(f"{ACTOR_NAME}-standby-{number}" for number in range(1, standbys + 1))]

@@ -13,6 +13,8 @@ from overtone.errors import ConfigurationError
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
+MAX_STANDBYS = 8
+
 TWEET_FIELDS = (
     "author_id",
     "created_at",
@@ -71,6 +73,8 @@ class LeaderOptions(_Options):
     """How long PostgreSQL hears nothing of the leader before another may lead."""
     poll_s: Annotated[float, Field(gt=0, le=10)] = 0.25
     """How often a standby looks whether it may lead."""
+    standbys: int = Field(0, ge=0, le=MAX_STANDBYS)
+    """Actors beside the first, on other nodes of Ray where there are any; `python -m ingest` is one process anyway."""
 
 
 class SpendOptions(_Options):

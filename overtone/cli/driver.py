@@ -113,29 +113,29 @@ def _models(settings: Settings) -> dict[str, object]:
 def _ingest(settings: Settings, metrics: Path, *files: Path) -> None:
     import ray
 
-    from ingest.actor import start_actor
+    from ingest.actor import start_actors
     from ingest.options import load_options
 
-    actor = start_actor(settings, load_options(files) if files else None, metrics_folder=metrics)
+    actors = start_actors(settings, load_options(files) if files else None, metrics_folder=metrics)
     deadline = time.monotonic() + _FIRST_CONNECT_S
     while time.monotonic() < deadline:
-        status = ray.get(actor.status.remote(), timeout=_CONNECT_TIMEOUT_S)
-        if status["connected"]:
+        statuses = ray.get([actor.status.remote() for actor in actors], timeout=_CONNECT_TIMEOUT_S)
+        if any(status["connected"] for status in statuses):
             return
-        if status["state"] == "stopped":
-            raise StreamFatalError(f"The ingestion has stopped: {status['last_error']}")
+        for status in statuses:
+            if status["state"] == "stopped":
+                raise StreamFatalError(f"The ingestion has stopped: {status['last_error']}")
         time.sleep(0.1)
-    _log.warning("ingest.not_connected_yet", reason=status["last_error"])
+    _log.warning("ingest.not_connected_yet", reason=next(filter(None, (one["last_error"] for one in statuses)), None))
 
 
 def _stop_ingest(_settings: Settings) -> None:
     import ray
 
-    from ingest.actor import find_actor
+    from ingest.actor import find_actors
 
-    actor = find_actor()
-    if actor is not None:
-        ray.get(actor.stop.remote(_STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S + 2.0)
+    # All at once: none takes over from another.
+    ray.get([actor.stop.remote(_STOP_TIMEOUT_S) for actor in find_actors()], timeout=_STOP_TIMEOUT_S + 2.0)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import pytest
 import ray
 from aiohttp import web
 
-from ingest.actor import NAMESPACE, find_actor, start_actor
-from ingest.options import IngestOptions, RepairOptions
+from ingest.actor import NAMESPACE, find_actors, start_actors
+from ingest.options import IngestOptions, LeaderOptions, RepairOptions
 from ingest.simulator import SimulatorOptions, start_simulator
 from overtone.db import Database
 from overtone.db.predictions import counts
@@ -28,7 +28,9 @@ from overtone.metrics import exposition
 from overtone.settings import load_settings
 
 LIMIT = 1_500
-QUICK = IngestOptions(repair=RepairOptions(overlap_s=1.0, settle_s=0.3, first_start_back_s=3_600.0))
+QUICK = IngestOptions(
+    repair=RepairOptions(overlap_s=1.0, settle_s=0.3, first_start_back_s=3_600.0), leader=LeaderOptions(standbys=1)
+)
 
 
 async def predict(request: web.Request) -> web.Response:
@@ -124,20 +126,25 @@ async def eventually(holds: Callable[[], Any], within_s: float = 60.0) -> None:
             await asyncio.sleep(0.2)
 
 
-async def test_a_killed_actor_comes_back_and_loses_nothing(surroundings: str, ray_here: Any, tmp_path: Path) -> None:
+async def test_a_killed_leader_is_replaced_and_nothing_is_lost(
+    surroundings: str, ray_here: Any, tmp_path: Path
+) -> None:
+    """The first of two actors is killed: the standby leads at once, and the first comes back as the standby."""
     db = await Database.open(surroundings, max_size=2)
-    handle = await asyncio.to_thread(start_actor, load_settings(), QUICK, metrics_folder=tmp_path)
+    handles = await asyncio.to_thread(start_actors, load_settings(), QUICK, metrics_folder=tmp_path)
 
-    async def status() -> dict[str, Any]:
-        return dict(await asyncio.to_thread(ray_here.get, handle.status.remote(), timeout=30))
+    async def statuses() -> list[dict[str, Any]]:
+        asked = [handle.status.remote() for handle in handles]
+        return [dict(one) for one in await asyncio.to_thread(ray_here.get, asked, timeout=60)]
 
     async def has_posts(count: int) -> bool:
         return (await counts(db)).posts >= count
 
     await eventually(lambda: has_posts(200))
-    before = await status()
-    assert before["connected"]
-    os.kill(before["pid"], signal.SIGKILL)
+    before = {one["role"]: one for one in await statuses()}
+    assert before["leader"]["connected"]
+    assert not before["standby"]["connected"]
+    os.kill(before["leader"]["pid"], signal.SIGKILL)
 
     async def is_whole() -> bool:
         stored = await counts(db)
@@ -145,11 +152,12 @@ async def test_a_killed_actor_comes_back_and_loses_nothing(surroundings: str, ra
 
     await eventually(is_whole)
     assert b"overtone_ingest_posts_stored_total" in exposition(tmp_path)
-    after = await status()
-    assert after["pid"] != before["pid"]
-    assert after["state"] == "running"
-    again = await asyncio.to_thread(start_actor, load_settings())
-    assert again == await asyncio.to_thread(find_actor)
-    assert await asyncio.to_thread(ray_here.get, handle.stop.remote())
-    assert (await status())["state"] == "stopped"
+    after = {one["role"]: one for one in await statuses()}
+    assert after["leader"]["pid"] == before["standby"]["pid"]
+    assert after["standby"]["pid"] not in {one["pid"] for one in before.values()}
+    assert {one["state"] for one in after.values()} == {"running"}
+    again = await asyncio.to_thread(start_actors, load_settings(), QUICK)
+    assert again == await asyncio.to_thread(find_actors) == handles
+    assert all(await asyncio.to_thread(ray_here.get, [handle.stop.remote() for handle in handles]))
+    assert {one["state"] for one in await statuses()} == {"stopped"}
     await db.close()
