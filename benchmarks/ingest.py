@@ -1,17 +1,19 @@
 """`python -m benchmarks.ingest`: how fast lines of the stream become stored posts, and how late.
 
 The product's own writer, parser and statements against a PostgreSQL of its own on this machine, durable as in
-production; nothing is classified. The other side of the ratio writes the same rows, parsed beforehand, by the plainest
-INSERT of arrays with ON CONFLICT, without cursor, tallies, tombstones and fence.
+production. The other side of the ratio writes the same rows, parsed beforehand, by the plainest INSERT of arrays with
+ON CONFLICT, without cursor, tallies, tombstones and fence. With `--classify` a server is started, too.
 """
 
 import asyncio
+import contextlib
 import gc
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +23,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.classifying import classify_ratio
+from benchmarks.load import Target
 from benchmarks.results import RESULTS, Result, middle, ratio, write
+from benchmarks.server import own_server
 from ingest.backlog import Backlog
 from ingest.classify import Classifier
 from ingest.options import ClassifyOptions, RepairOptions, WriteOptions
@@ -41,6 +46,7 @@ from overtone.db.payload import json_text
 from overtone.db.posts import claim_stream
 from overtone.errors import DataError
 from overtone.schema import Post
+from overtone.settings import load_settings
 from overtone.spool import Spool
 
 OUTPUT = RESULTS.with_name("ingest.json")
@@ -49,6 +55,7 @@ AIMS = {
     "ingest.store.ratio_to_unnest": "at least 0.5",
     "ingest.store.receive_to_commit_p99_ms": "at most 400",
     "ingest.store.memory_growth_mib": "flat",
+    "ingest.classify.ratio_to_server": "at least 0.85",
 }
 _FIELDS = frozenset({"author_id", "created_at", "lang", "conversation_id", "public_metrics"})
 _BARE = (
@@ -67,11 +74,16 @@ def main(
     posts: Annotated[int, typer.Option(min=1_000, help="Posts of each side in a round.")] = 50_000,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Rounds; each side has its turn in each.")] = 5,
     seconds: Annotated[float, typer.Option(min=1, help="How long posts come at 250 a second, for the delay.")] = 20.0,
+    classify: Annotated[int, typer.Option(min=0, help="Posts that are classified in a round; 0 for none.")] = 0,
     output: Annotated[Path, typer.Option(help="The file the results are written to.")] = OUTPUT,
 ) -> None:
     """Measure and write the results."""
-    with tempfile.TemporaryDirectory(prefix="ovi-", dir="/tmp") as folder:
-        results = asyncio.run(_measure(Path(folder), posts, rounds, seconds))
+    with tempfile.TemporaryDirectory(prefix="ovi-", dir="/tmp") as folder, contextlib.ExitStack() as stack:
+        home = Path(folder) / "home"
+        home.mkdir()
+        target = stack.enter_context(own_server(load_settings(), home)) if classify else None
+        asked = _Effort(posts, rounds, seconds, classify, target)
+        results = asyncio.run(_measure(Path(folder), asked))
     write(results, output, model_version="none", quick=False)
     table = Table("measured", "value", "aim", box=None)
     for name, result in results.items():
@@ -79,22 +91,39 @@ def main(
     _console.print(table)
 
 
-async def _measure(folder: Path, posts: int, rounds: int, seconds: float) -> dict[str, Result]:
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    """How much is measured."""
+
+    posts: int
+    rounds: int
+    seconds: float
+    classified: int
+    target: Target | None
+
+
+async def _measure(folder: Path, effort: _Effort) -> dict[str, Result]:
     server = EmbeddedPostgres(folder / "data", folder / "s")
     url = await asyncio.to_thread(server.start)
     try:
         await upgrade(url)
-        db = await Database.open(url, max_size=4)
+        db = await Database.open(url, max_size=8)
         try:
-            return await _rounds(db, folder, posts, rounds, seconds)
+            source = _Source()
+            results = await _store_rounds(db, source, folder, effort)
+            if effort.target is not None:
+                count, rounds = effort.classified, range(effort.rounds)
+                pairs = [(source.posts(count), source.posts(count)) for _ in rounds]
+                results["ingest.classify.ratio_to_server"] = await classify_ratio(db, effort.target, pairs)
+            return results
         finally:
             await db.close()
     finally:
         await asyncio.to_thread(server.stop)
 
 
-async def _rounds(db: Database, folder: Path, posts: int, rounds: int, seconds: float) -> dict[str, Result]:
-    source = _Source()
+async def _store_rounds(db: Database, source: "_Source", folder: Path, effort: _Effort) -> dict[str, Result]:
+    posts, rounds = effort.posts, effort.rounds
     async with _desk(db, folder) as desk:
         # The other side holds a round of parsed posts, which makes the process larger once and for all.
         await _bare(db, source.posts(posts))
@@ -106,7 +135,7 @@ async def _rounds(db: Database, folder: Path, posts: int, rounds: int, seconds: 
             gc.collect()
             memory.append(round(psutil.Process().memory_info().rss / 2**20, 1))
             bare.append(await _bare(db, source.posts(posts)))
-        delays = await desk.delays(source.lines(int(seconds * 250)), 250.0)
+        delays = await desk.delays(source.lines(int(effort.seconds * 250)), 250.0)
     cuts = statistics.quantiles(delays, n=100)
     return {
         "ingest.store.posts_per_s": Result(middle(ours, 0), "posts/s", True, {"samples": ours, "posts": posts}),
