@@ -25,6 +25,8 @@ from overtone.schema import Post, datetime_to_snowflake, snowflake_to_datetime
 _SEARCHABLE = timedelta(days=7) - timedelta(minutes=2)
 _MARGIN = timedelta(seconds=1)
 _MAX_GAPS = 10_000
+_FIRST_START = "first_start"
+"""Cause of what the very first start fetches: nobody was there who could have missed it."""
 _FIRST_WAIT_S = 0.25
 _MAX_WAIT_S = 60.0
 
@@ -159,7 +161,7 @@ class Repairer:
         if not self._options.first_start_back_s:
             return None
         since = at - timedelta(seconds=self._options.first_start_back_s)
-        return await self._ledger.open("first_start", since, datetime_to_snowflake(since))
+        return await self._ledger.open(_FIRST_START, since, datetime_to_snowflake(since))
 
     async def _waiting_gaps(self) -> list[Gap]:
         waiting = await self._ledger.gaps("closed")
@@ -187,6 +189,8 @@ class Repairer:
         state: Literal["repaired", "unrepairable"] = "repaired" if is_whole else "unrepairable"
         for gap in gaps:
             await self._ledger.settle(gap.gap_id, state, repaired if gap is gaps[0] else 0)
+            if gap.cause != _FIRST_START:
+                metrics.GAP_SECONDS.labels(state).inc(_length_s(gap))
         self.status.open_gaps -= len(gaps)
         self.status.repaired_posts += repaired
         _log.info("gap.closed", gaps=[gap.gap_id for gap in gaps], cause=gaps[0].cause, state=state, posts=repaired)
@@ -256,6 +260,11 @@ def _posts_of(answer: Mapping[str, object], tag: str | None) -> list[Post]:
         if isinstance(post, Post):
             posts.append(post)
     return posts
+
+
+def _length_s(gap: Gap) -> float:
+    end = snowflake_to_datetime(gap.before_post_id) if gap.before_post_id else gap.ended_at or gap.started_at
+    return max((end - gap.started_at).total_seconds(), 0.0)
 
 
 def _ids(seconds: float) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -192,6 +193,8 @@ class Writer:
 
     def _count(self, posts: Sequence[Post]) -> None:
         metrics.POSTS_RECEIVED.labels("stream").inc(len(posts))
+        for tag, count in Counter(tag for post in posts for tag in post.rule_tags).items():
+            metrics.RULE_POSTS.labels(tag).inc(count)
         self._store.status.posts_received += len(posts)
         newest = max(post.created_at for post in posts)
         lag_s = max((datetime.now(UTC) - newest).total_seconds(), 0.0)
