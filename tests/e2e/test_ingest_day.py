@@ -45,7 +45,7 @@ def test_every_fault_is_in_the_script() -> None:
 @pytest.mark.timeout(600)
 async def test_a_day_of_every_fault_adds_up() -> None:
     with TemporaryDirectory(prefix="overtone-day-", dir="/tmp") as folder:
-        async with World(Path(folder), SHORT) as world:
+        async with World(Path(folder), SHORT, ingest_processes=2) as world:
             verdict = await world.live_through(patience_s=400)
     assert verdict.is_whole, verdict.shown()
     assert verdict.published == SHORT.posts
