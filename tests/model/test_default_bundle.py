@@ -148,7 +148,7 @@ def test_figures_on_the_validation_tweets(model: Model) -> None:
     from train.evaluate import evaluate
 
     scores = evaluate(model.bundle, VALIDATION, with_robustness=False).scores
-    assert scores.macro_recall >= 0.745
+    assert scores.macro_recall >= 0.755
     assert scores.macro_recall == pytest.approx(model.bundle.metrics["validation"]["macro_recall"], abs=0.005)
     assert scores.macro_recall >= model.bundle.metrics["fp32"]["macro_recall"] - 0.005
-    assert scores.ece <= 0.06
+    assert scores.ece <= 0.03
