@@ -26,6 +26,7 @@ from serve.auth import SESSION_COOKIE
 from serve.batcher import Timing
 from serve.encodings import MIN_GZIP_BYTES
 from serve.erasure import ErasureRoutes
+from serve.feedback import FeedbackRoutes
 from serve.inference import InferenceRoutes
 from serve.models import ModelRoutes
 from serve.openapi import ROUTES, describe
@@ -147,7 +148,7 @@ class _Dispatch:
 
 def _handlers(service: Service) -> dict[str, Handler]:
     """The handler of each route, by the name `ROUTES` gives it."""
-    classes = (PredictionRoutes, InferenceRoutes, PageRoutes, SessionRoutes, ModelRoutes, ErasureRoutes)
+    classes = (PredictionRoutes, InferenceRoutes, PageRoutes, SessionRoutes, ModelRoutes, ErasureRoutes, FeedbackRoutes)
     groups = [routes(service) for routes in classes]
     return {
         route.handler: next(getattr(g, route.handler) for g in groups if hasattr(g, route.handler)) for route in ROUTES

@@ -218,6 +218,16 @@ ROUTES = (
         problems=(422, *_GUARDED),
         query=(_MINUTES, _NEWEST),
     ),
+    Route(
+        "POST",
+        "/feedback",
+        "give_feedback",
+        "stored",
+        "Say what a label should be; needs the scope feedback",
+        body=wire.FeedbackRequest,
+        answer=wire.FeedbackReceipt,
+        problems=(404, 400, 408, 413, 415, 422, *_GUARDED),
+    ),
     *(
         Route(
             "DELETE",

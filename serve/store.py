@@ -7,6 +7,7 @@ from typing import Any
 
 from overtone.db import keys
 from overtone.db.database import Database
+from overtone.db.feedback import Feedback, Written, write_feedback
 from overtone.db.predictions import stats
 from overtone.erasure import Eraser, Kind
 from overtone.errors import ConfigurationError, DatabaseUnavailableError, UnavailableError
@@ -81,6 +82,11 @@ class Store:
             "model_version": found.model_version,
             "source": found.source,
         }
+
+    async def give_feedback(self, item: Feedback, *, key_id: str) -> Written | None:
+        """Store what a caller says; None if it is about a post that is not stored."""
+        [written] = await write_feedback(await self._open(), [item], key_id=key_id)
+        return written
 
     async def erase(self, kind: Kind, number: int, *, actor: str) -> dict[str, Any]:
         """Erase a post or an author everywhere and return the receipt; see `overtone.erasure`."""

@@ -347,6 +347,37 @@ class Models(BaseModel):
     refused: list[RefusedBundle]
 
 
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class FeedbackRequest(BaseModel):
+    """What the label of a stored post or of a text should be; `post_id` or `text` is given, not both."""
+
+    model_config = _examples(
+        {"post_id": "1780000000000000000", "label": "negative"},
+        {"text": "not bad at all", "label": "positive", "annotator": "ann"},
+    )
+
+    label: Annotated[str, Field(description="One of the labels of the model that is served.")]
+    post_id: Annotated[str | None, Field(pattern=r"^[0-9]{1,19}$")] = None
+    text: Text | None = None
+    annotator: Annotated[_Name | None, Field(description="Who says so, where one key speaks for several.")] = None
+    predicted_label: Annotated[
+        _Name | None, Field(description="What the model said of the text; of a post, that is known.")
+    ] = None
+    model_version: _Name | None = None
+
+
+class FeedbackReceipt(BaseModel):
+    """What became of feedback."""
+
+    feedback_id: str
+    state: Annotated[
+        Literal["created", "changed", "unchanged"],
+        Field(description="The same again is `unchanged`; another label by the same key and annotator is `changed`."),
+    ]
+
+
 class Erasure(BaseModel):
     """What was erased; the signature of a receipt is over this object."""
 

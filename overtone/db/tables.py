@@ -169,8 +169,13 @@ feedback = Table(
     Column("model_version", Text),
     Column("key_id", Text, comment="Who gave it."),
     _instant("created_at", default_now=True),
+    Column("source", Text, nullable=False, server_default=text("'human'")),
+    Column("annotator", Text, nullable=False, server_default=text("''"), comment="Where one key speaks for several."),
+    Column("subject", LargeBinary, comment="SHA-256 of what the label is for; null in rows from before there was one."),
     CheckConstraint("post_id IS NOT NULL OR text IS NOT NULL", name="subject"),
+    CheckConstraint("source IN ('human', 'import')", name="source"),
     Index("ix_feedback_created_at", "created_at"),
+    Index("uq_feedback_key_id", "key_id", "annotator", "subject", unique=True),
 )
 
 jobs = Table(

@@ -21,6 +21,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
+from overtone.db.feedback import Feedback, Written
 from overtone.engine import open_engine
 from serve.auth import Gate, Identity, KeyRing
 from serve.classifier import Classifier
@@ -35,7 +36,7 @@ class OneKey:
     """The store of one key, and what the other routes ask of the database."""
 
     async def active(self) -> Mapping[bytes, Identity]:
-        return {sha256(SECRET.encode()).digest(): Identity("key", frozenset({"predict", "read"}))}
+        return {sha256(SECRET.encode()).digest(): Identity("key", frozenset({"predict", "read", "feedback"}))}
 
     async def find(self, digest: bytes) -> Identity | None:
         return None
@@ -48,6 +49,9 @@ class OneKey:
 
     async def revoke(self, key_id: str) -> bool:
         return True
+
+    async def give_feedback(self, item: Feedback, *, key_id: str) -> Written | None:
+        return Written(1, "created")
 
     async def figures(self, *, minutes: int, newest: int) -> dict[str, Any]:
         rates = {"posts": 0.0, "predictions": 0.0}

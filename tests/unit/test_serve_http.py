@@ -438,7 +438,7 @@ async def test_openapi_tells_bodies_answers_and_errors(api: Api) -> None:
     assert "FieldProblem" in schema["components"]["schemas"]
     assert {path for path in schema["paths"] if not path.startswith("/v2")} == {
         "/predict", "/predict/batch", "/models", "/stats", "/health", "/ready", "/metrics", "/sign-in", "/session",
-        "/posts/{post_id}", "/authors/{author_id}",
+        "/posts/{post_id}", "/authors/{author_id}", "/feedback",
     }  # fmt: skip
 
 

@@ -1,0 +1,86 @@
+"""What people say of posts and texts: one label a person and subject."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from overtone.db.database import Database
+from overtone.db.queries import query
+from overtone.db.tombstones import keep_out_erasures
+from overtone.text import storable
+
+Source = Literal["human", "import"]
+State = Literal["created", "changed", "unchanged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """A label for a stored post, or for a text; one of the two is given."""
+
+    label: str
+    post_id: int | None = None
+    text: str | None = None
+    annotator: str = ""
+    """Who says so, where one key speaks for several."""
+    predicted_label: str | None = None
+    """What the model said. Left out for a post: what its newest prediction says."""
+    model_version: str | None = None
+
+    @property
+    def subject(self) -> bytes:
+        """SHA-256 of what the label is for."""
+        named = f"post:{self.post_id}" if self.post_id is not None else f"text:{self.text}"
+        return hashlib.sha256(storable(named).encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of one piece of feedback."""
+
+    feedback_id: int
+    state: State
+
+
+async def write_feedback(
+    db: Database, items: Sequence[Feedback], *, key_id: str, source: Source = "human"
+) -> list[Written | None]:
+    """Store `items` in one transaction; None stands for a post that is not stored or is erased.
+
+    A key and annotator have one label for each subject: the same again changes nothing, another label replaces it. Of
+    several `items` for one of these, the last counts.
+
+    Raises:
+        DatabaseUnavailableError: nothing was stored, or the answer was lost; repeat the call.
+    """
+    named = [(storable(item.annotator), item.subject) for item in items]
+    unique = dict(zip(named, items, strict=True))
+    if not unique:
+        return []
+    rows = [
+        (
+            item.post_id,
+            None if item.text is None else storable(item.text),
+            subject,
+            storable(item.label),
+            item.predicted_label and storable(item.predicted_label),
+            item.model_version and storable(item.model_version),
+            annotator,
+        )
+        for (annotator, subject), item in sorted(unique.items(), key=lambda pair: pair[0])
+    ]
+    async with db.transaction() as connection:
+        await keep_out_erasures(connection)
+        changed = await connection.fetch(query("write_feedback"), *zip(*rows, strict=True), key_id, source)
+        known = await connection.fetch(
+            "SELECT f.id, f.subject, f.annotator FROM overtone.feedback f"
+            " JOIN unnest($1::text[], $2::bytea[], $3::text[]) AS r (annotator, subject, label)"
+            " USING (annotator, subject, label) WHERE f.key_id = $4",
+            *([row[column] for row in rows] for column in (6, 2, 3)),
+            key_id,
+        )
+    found = {(row["annotator"], row["subject"]): Written(row["id"], "unchanged") for row in known}
+    for row in changed:
+        state: State = "created" if row["is_new"] else "changed"
+        found[row["annotator"], row["subject"]] = Written(row["id"], state)
+    return [found.get(name) for name in named]
