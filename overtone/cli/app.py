@@ -11,6 +11,7 @@ from overtone import __version__
 from overtone.cli.backup import app as backups
 from overtone.cli.ingest import app as ingestion
 from overtone.cli.k8s import app as k8s
+from overtone.cli.labels import app as labels
 from overtone.cli.letters import app as letters
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ app.add_typer(models, name="models")
 app.add_typer(k8s, name="k8s")
 app.add_typer(backups, name="backup")
 app.add_typer(letters, name="dead-letters")
+app.add_typer(labels, name="labels")
 app.add_typer(ingestion, name="ingest")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

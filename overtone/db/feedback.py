@@ -1,13 +1,15 @@
-"""What people say of posts and texts: one label a person and subject."""
+"""What people say of posts and texts: one label a person and subject. And what is worth asking them."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from overtone.db.database import Database
 from overtone.db.queries import query
 from overtone.db.tombstones import keep_out_erasures
+from overtone.schema import datetime_to_snowflake
 from overtone.text import storable
 
 Source = Literal["human", "import"]
@@ -40,6 +42,19 @@ class Written:
 
     feedback_id: int
     state: State
+
+
+@dataclass(frozen=True, slots=True)
+class ToLabel:
+    """A post whose label would teach much."""
+
+    post_id: int
+    text: str
+    predicted_label: str | None
+    confidence: float | None
+    model_version: str | None
+    reason: str
+    """uncertain, versions disagree or annotators disagree."""
 
 
 async def write_feedback(
@@ -84,3 +99,22 @@ async def write_feedback(
         state: State = "created" if row["is_new"] else "changed"
         found[row["annotator"], row["subject"]] = Written(row["id"], state)
     return [found.get(name) for name in named]
+
+
+async def known_posts(db: Database, post_ids: Sequence[int]) -> set[int]:
+    """Those of `post_ids` that feedback may be about: they are stored, and neither they nor their authors erased."""
+    async with db.acquire() as connection:
+        rows = await connection.fetch(
+            "SELECT p.post_id FROM overtone.posts p WHERE p.post_id = ANY($1)"
+            " AND NOT EXISTS (SELECT FROM overtone.deleted_posts d WHERE d.post_id = p.post_id)"
+            " AND NOT EXISTS (SELECT FROM overtone.deleted_authors a WHERE a.author_id = p.author_id)",
+            list(post_ids),
+        )
+    return {row["post_id"] for row in rows}
+
+
+async def to_label(db: Database, *, since: datetime, limit: int) -> list[ToLabel]:
+    """Posts made since then that are worth labelling: up to `limit` of each reason, the most telling first."""
+    async with db.acquire() as connection:
+        rows = await connection.fetch(query("to_label"), datetime_to_snowflake(since), limit)
+    return [ToLabel(**row) for row in rows]

@@ -11,7 +11,7 @@ import pytest
 
 from overtone.db import Database
 from overtone.db.erasure import erase_posts
-from overtone.db.feedback import Feedback, write_feedback
+from overtone.db.feedback import Feedback, to_label, write_feedback
 from overtone.db.keys import create_key
 from overtone.db.posts import write_posts
 from overtone.db.predictions import write_predictions
@@ -149,3 +149,23 @@ async def test_of_several_for_one_subject_the_last_counts(fresh_database: Databa
         rows = await connection.fetch("SELECT label, source FROM overtone.feedback")
     assert [tuple(row) for row in rows] == [("negative", "import")]
     assert await write_feedback(fresh_database, [], key_id="k") == []
+
+
+async def test_what_is_worth_labelling(fresh_database: Database) -> None:
+    db = fresh_database
+    sure, unsure, split = [(await stored(db, 1, confidence=share))[0] for share in (0.99, 0.4, 0.9)]
+    labelled, argued = await stored(db, 2, confidence=0.35)
+    await write_predictions(db, [(split.post_id, Prediction("negative", 0.8, {"negative": 0.8}, "m-2"))])
+    await write_feedback(db, [Feedback("neutral", post_id=labelled.post_id)], key_id="k")
+    both = [Feedback(label, argued.post_id, annotator=label) for label in ("neutral", "negative")]
+    await write_feedback(db, both, key_id="k")
+    for erased, author in ((0.3, 8), (0.2, 9)):
+        await stored(db, 1, author=author, confidence=erased)
+    await bury_authors(db, [8, 9], reason="requested")
+    found = await to_label(db, since=datetime.now(UTC) - timedelta(days=1), limit=1)
+    assert [(one.post_id, one.reason) for one in found] == [
+        (argued.post_id, "annotators disagree"),
+        (unsure.post_id, "uncertain"),
+        (split.post_id, "versions disagree"),
+    ]
+    assert sure.post_id not in {one.post_id for one in found}
