@@ -159,6 +159,11 @@ class Settings(BaseSettings):
     num_epochs: int | None = Field(
         None, ge=1, le=100, description="Passes over the training set. 1 to 100. Default: the training file's."
     )
+    allow_training_on_x_content: bool = Field(
+        False,
+        description="Whether feedback on posts from X is trained on: only with an agreement with X that allows it."
+        " true or false.",
+    )
     min_samples_for_retrain: int = Field(
         1000,
         ge=1,

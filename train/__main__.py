@@ -4,6 +4,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,8 @@ from overtone.logging import configure
 from overtone.settings import Settings, load_settings
 from train.config import TrainConfig, load_config
 from train.data import Split, build_split
-from train.sources import read_rows, report
+from train.feedback import read_feedback, require_not_erased
+from train.sources import Finding, read_rows, report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,11 +33,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     config: Annotated[Path, typer.Option(help="Training file, such as configs/train/tweets.yaml.")],
-    train: Annotated[
-        Path, typer.Option(help="Training texts, .tsv, .csv, .jsonl or .parquet: columns label and text.")
-    ],
     validation: Annotated[Path, typer.Option(help="Validation texts, in the same form.")],
     output: Annotated[Path, typer.Option(help="Folder for the bundle; a bundle in it is replaced.")],
+    train: Annotated[
+        Path | None, typer.Option(help="Training texts, .tsv, .csv, .jsonl or .parquet: columns label and text.")
+    ] = None,
+    from_feedback: Annotated[
+        bool, typer.Option("--from-feedback", help="Train on the feedback in the database, beside --train if given.")
+    ] = False,
     assign: Annotated[list[str] | None, typer.Option("--set", help="Override a value: section.name=value.")] = None,
     run_name: Annotated[
         str | None, typer.Option(help="Name of the run; the name of an unfinished run resumes it. Default: a new one.")
@@ -57,13 +62,15 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     """Fine-tune an encoder on Ray Train and export it as a bundle: fused, int8, calibrated, checked."""
     console = Console(stderr=True)
     try:
+        if train is None and not from_feedback:
+            raise ConfigurationError("say what to train on: --train, --from-feedback or both")
         settings = load_settings()
         configure("train", settings.log_level, settings.log_format)
         assignments = [*(assign or []), *([f"optimiser.seed={seed}"] if seed is not None else [])]
         chosen = load_config(config, settings, assignments)
         name = run_name or f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
         where = storage or str(settings.home / "runs")
-        job = _Job(chosen, settings, console, train, validation, output)
+        job = _Job(chosen, settings, console, (train, validation, output), with_feedback=from_feedback)
         job.run(name, where, address, registers=register or gate is not None)
         if gate:
             from train.gate import CHALLENGER, CHAMPION, decide_and_promote, load_rules, show_decision
@@ -79,10 +86,17 @@ class _Job:
     """One call of the command."""
 
     def __init__(
-        self, config: TrainConfig, settings: Settings, console: Console, train: Path, validation: Path, output: Path
+        self,
+        config: TrainConfig,
+        settings: Settings,
+        console: Console,
+        paths: tuple[Path | None, Path, Path],
+        *,
+        with_feedback: bool,
     ) -> None:
         self.config, self.settings, self.console = config, settings, console
-        self.train, self.validation, self.output = train, validation, output
+        self.train, self.validation, self.output = paths
+        self.with_feedback = with_feedback
 
     def run(self, name: str, storage: str, address: str | None, *, registers: bool) -> None:
         # Data and folders are checked before the libraries that take seconds to import.
@@ -118,14 +132,22 @@ class _Job:
         from train.snapshot import write_snapshot
 
         names = self.config.data.labels
-        training, validation = read_rows(self.train, names), read_rows(self.validation, names)
-        split = build_split([training], validation, names, leaks=self.config.data.leaks)
+        training = [read_rows(self.train, names)] if self.train else []
+        validation = read_rows(self.validation, names)
+        unusable: tuple[Finding, ...] = ()
+        if self.with_feedback:
+            feedback, unusable = read_feedback(self.settings, names)
+            training.append(feedback)
+        split = build_split(training, validation, names, leaks=self.config.data.leaks)
+        split = replace(split, dropped=(*unusable, *split.dropped))
         self.console.print(f"{len(split.train)} training texts, {len(split.validation)} validation texts")
         if split.dropped:
             self.console.print(
                 f"left out of training:\n{report(split.dropped)}", highlight=False, markup=False, soft_wrap=True
             )
-        place = write_snapshot(self.settings.home / "snapshots", split, [training, validation], names)
+        place = write_snapshot(self.settings.home / "snapshots", split, [*training, validation], names)
+        if self.with_feedback:
+            require_not_erased(self.settings, split.rows[0], place)
         self.console.print(f"snapshot {place}", highlight=False, soft_wrap=True)
         return split
 

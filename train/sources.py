@@ -87,7 +87,7 @@ def read_rows(path: Path, names: Sequence[str]) -> Rows:
     for line, found in reader(path, raw):
         if isinstance(found, str):
             flaws.setdefault(found, []).append(line)
-        elif problem := _problem(found, names):
+        elif problem := row_problem(found, names):
             flaws.setdefault(problem, []).append(line)
         else:
             kept.append(_row(str(path), line, found))
@@ -194,7 +194,8 @@ def _require_columns(path: Path, header: Sequence[str], hint: str) -> None:
         raise DataError(f"{path}, line 1: no column {' and no column '.join(absent)}; {hint}")
 
 
-def _problem(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def row_problem(found: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """What is wrong with a label and its text, or None."""
     label, text = found["label"], found["text"]
     if has_lone_surrogate(label + text):
         return _NOT_UTF8

@@ -280,6 +280,17 @@ class EmbeddedPostgres:
             (self._data / "postmaster.pid").unlink(missing_ok=True)
 
 
+def running_url(data_dir: Path) -> str | None:
+    """The address of the server that runs on this data folder, whoever started it; None if none does."""
+    try:
+        # The fifth line of what a server writes about itself is the folder of its socket.
+        sockets = Path((data_dir / "postmaster.pid").read_text().splitlines()[4])
+    except (OSError, IndexError):
+        return None
+    server = EmbeddedPostgres(data_dir, sockets)
+    return server.url if server.is_running() else None
+
+
 def find_binaries() -> Path:
     """The folder of the server's programs.
 

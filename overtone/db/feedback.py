@@ -1,7 +1,7 @@
-"""What people say of posts and texts: one label a person and subject. And what is worth asking them."""
+"""What people say of posts and texts: one label a person and subject. And what is worth asking, and learning, of it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -14,6 +14,8 @@ from overtone.text import storable
 
 Source = Literal["human", "import"]
 State = Literal["created", "changed", "unchanged"]
+
+_PAGE_ROWS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,19 @@ class Written:
 
     feedback_id: int
     state: State
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLabel:
+    """A label that may be learned from."""
+
+    feedback_id: int
+    label: str
+    text: str
+    post_id: int | None
+    author_id: int | None
+    annotator: str
+    """Key and annotator: one opinion a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +133,27 @@ async def to_label(db: Database, *, since: datetime, limit: int) -> list[ToLabel
     async with db.acquire() as connection:
         rows = await connection.fetch(query("to_label"), datetime_to_snowflake(since), limit)
     return [ToLabel(**row) for row in rows]
+
+
+async def newest_feedback(db: Database) -> int:
+    """The id of the newest row; 0 for none."""
+    async with db.acquire() as connection:
+        return int(await connection.fetchval("SELECT coalesce(max(id), 0) FROM overtone.feedback"))
+
+
+async def training_labels(db: Database, *, with_posts: bool, up_to: int) -> AsyncIterator[TrainingLabel]:
+    """The labels up to feedback id `up_to`, in the order of their ids, page by page.
+
+    Texts that people submitted; with `with_posts` those of stored posts too. What was erased, by post or by author, is
+    never among them.
+    """
+    last = 0
+    while True:
+        async with db.acquire() as connection:
+            rows = await connection.fetch(query("training_labels"), with_posts, last, _PAGE_ROWS, up_to)
+        for row in rows:
+            who = f"{row['key_id']}/{row['annotator']}" if row["key_id"] else ""
+            yield TrainingLabel(row["id"], row["label"], row["text"], row["post_id"], row["author_id"], who)
+        if len(rows) < _PAGE_ROWS:
+            return
+        last = rows[-1]["id"]
