@@ -151,3 +151,23 @@ def test_a_run_needs_something_to_train_on() -> None:
     words = ["--config", "x.yaml", "--validation", "v.tsv", "--output", "b"]
     answer = CliRunner().invoke(app, words)
     assert (answer.exit_code, "--from-feedback" in answer.output) == (2, True)
+
+
+def test_the_command_reads_feedback_beside_a_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place.settings.home
+    monkeypatch.setenv("DATABASE_URL", place.url)
+    monkeypatch.setenv("OVERTONE_HOME", str(home))
+    for name, text in (("train", "written down"), ("validation", "kept apart")):
+        (home / f"{name}.tsv").write_text("label\ttext\n" + "".join(f"{one}\t{text} {one}\n" for one in LABELS))
+    (home / "run.yaml").write_text("name: run\n")
+    # The run ends at a folder that holds something else: all that is read is read by then.
+    (home / "taken").mkdir()
+    (home / "taken" / "letter").write_text("mine")
+    files = {"config": "run.yaml", "train": "train.tsv", "validation": "validation.tsv", "output": "taken"}
+    words = [word for name, file in files.items() for word in (f"--{name}", str(home / file))]
+    answer = CliRunner().invoke(app, [*words, "--from-feedback"])
+    assert answer.exit_code != 0
+    assert "6 training texts, 3 validation texts" in answer.output
+    assert "label 'splendid' is not one of" in answer.output
+    [snapshot] = (home / "snapshots").iterdir()
+    assert authors_in(snapshot) == {None}
