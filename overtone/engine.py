@@ -16,13 +16,11 @@ from overtone.bundle import Bundle, Precision, TextEncoder, probabilities
 from overtone.errors import BundleError, ConfigurationError, EngineError
 from overtone.hardware import has_fast_int8, has_nvidia_driver, read_cpu_features
 from overtone.logging import get_logger
+from overtone.sessions import CPU, CUDA, Device, Runner, open_runner
 from overtone.settings import WantedEngine
 
 Probabilities = NDArray[np.float32]
 EngineName = Literal["onnx-cpu", "onnx-cuda"]
-
-SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
-"""What ONNX Runtime must not fuse for a CPU: its fused kernels are slower there than the parts they replace."""
 
 
 class Engine(Protocol):
@@ -45,19 +43,6 @@ class Engine(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """How ONNX Runtime runs a model on one kind of device."""
-
-    provider: str
-    """Name of the execution provider; what it has no kernel for runs on the CPU."""
-    disabled_fusions: tuple[str, ...] = ()
-    binds: bool = False
-    """Whether inputs and outputs are bound, so that they cross to the device and back once a batch."""
-
-
-CPU = Device("CPUExecutionProvider", SLOW_FUSIONS)
-CUDA = Device("CUDAExecutionProvider", binds=True)
 DEVICES: dict[EngineName, Device] = {"onnx-cpu": CPU, "onnx-cuda": CUDA}
 
 
@@ -75,58 +60,36 @@ class OnnxEngine:
         """
         self.labels = len(bundle.labels)
         self._temperature = bundle.temperature
-        self._session: Any = _open_session(bundle, threads, device)
-        self._binds = device.binds
-        inputs = {node.name: node for node in self._session.get_inputs()}
-        unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids"}
-        if unknown or "input_ids" not in inputs:
-            raise BundleError(
-                f"{bundle.model_path}: inputs are {sorted(inputs)}; input_ids is needed and none beside "
-                "attention_mask and token_type_ids can be given"
-            )
-        self._dtype = np.int32 if inputs["input_ids"].type == "tensor(int32)" else np.int64
-        self._has_mask = "attention_mask" in inputs
-        self._has_types = "token_type_ids" in inputs
-        self._outputs = [self._session.get_outputs()[0].name]
+        self._runner: Runner | None = open_runner(bundle, threads, device)
         try:
             shape = self.classify([[0, 0]]).shape
         except EngineError as error:
+            self.close()
             reason = error.__cause__ or error
             raise BundleError(f"{bundle.model_path}: fails on {device.provider} ({reason})") from error
         if shape != (1, self.labels):
+            self.close()
             raise BundleError(f"{bundle.model_path}: gives {shape} for one text and {self.labels} labels")
 
     def classify(self, token_ids: list[list[int]]) -> Probabilities:
         """See `Engine.classify`."""
-        if self._session is None:
+        runner = self._runner
+        if runner is None:
             raise EngineError("The engine is closed.")
-        ids, mask = pad(token_ids, self._dtype)
-        feed = {"input_ids": ids}
-        if self._has_mask:
-            feed["attention_mask"] = mask
-        if self._has_types:
-            feed["token_type_ids"] = np.zeros_like(ids)
+        ids, mask = pad(token_ids, runner.signature.ids)
         try:
-            logits = self._run_bound(feed) if self._binds else self._session.run(self._outputs, feed)[0]
+            logits = runner.run(ids, mask)
         except Exception as error:
             raise EngineError(f"The model failed on a batch of {ids.shape[0]} texts, {ids.shape[1]} tokens.") from error
         if not np.isfinite(logits).all():
             raise EngineError(f"The model gave no finite number for a text in a batch of {ids.shape[0]}.")
-        return probabilities(logits, self._temperature)
+        return probabilities(logits.astype(np.float32, copy=False), self._temperature)
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._session = None
-
-    def _run_bound(self, feed: dict[str, NDArray[Any]]) -> NDArray[Any]:
-        # One a call: threads share the engine.
-        binding = self._session.io_binding()
-        for name, values in feed.items():
-            binding.bind_cpu_input(name, values)
-        binding.bind_output(self._outputs[0], "cpu")
-        self._session.run_with_iobinding(binding)
-        logits: NDArray[Any] = binding.copy_outputs_to_cpu()[0]
-        return logits
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
 
 
 class FakeEngine:
@@ -281,36 +244,3 @@ def pad(token_ids: Sequence[Sequence[int]], dtype: type[np.integer[Any]]) -> tup
     ids = np.zeros(mask.shape, dtype=dtype)
     ids[mask] = np.concatenate([np.asarray(row, dtype=dtype) for row in token_ids])
     return ids, mask.astype(dtype)
-
-
-def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
-    # Half a second to import; callers that only use FakeEngine do not pay it.
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # A waiting thread that spins takes the core from the replica beside it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if device.provider == CUDA.provider:
-        # CUDA and cuDNN that came as Python packages are on no path the system searches.
-        onnxruntime.preload_dlls()
-    try:
-        session = onnxruntime.InferenceSession(
-            str(bundle.model_path),
-            options,
-            providers=list(dict.fromkeys([device.provider, CPU.provider])),
-            disabled_optimizers=list(device.disabled_fusions),
-            # It would print, and go on with another provider than the one that was chosen.
-            enable_fallback=0,
-        )
-    except Exception as error:
-        raise BundleError(
-            f"{bundle.model_path}: ONNX Runtime cannot load it for {device.provider} ({error})"
-        ) from error
-    # Some providers that fail to start are left out without an error.
-    if device.provider not in session.get_providers():
-        raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot start {device.provider}")
-    return session

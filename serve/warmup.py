@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from overtone.engine import Engine
+from overtone.shapes import MAX_BATCH_TOKENS
 from serve.batcher import Limits
 
 _ROW_TOKENS = 16
@@ -21,7 +22,7 @@ _ROUNDS = 15
 _FIXED_SHARE = 0.04
 # The least is what suits a quiet processor: a start beside other work measures badly, and too little costs more than
 # too much.
-MIN_BUDGET_TOKENS, MAX_BUDGET_TOKENS = 256, 16_384
+MIN_BUDGET_TOKENS, MAX_BUDGET_TOKENS = 256, MAX_BATCH_TOKENS
 MIN_WASTE_TOKENS, MAX_WASTE_TOKENS = 8, 1024
 
 

@@ -1,0 +1,340 @@
+"""How ONNX Runtime runs a model on one kind of device: sessions, buffers on the device, captured graphs."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from overtone.bundle import Bundle
+from overtone.errors import BundleError, EngineError
+from overtone.logging import get_logger
+from overtone.shapes import Bucket, bucket_for, fill, shape_buckets
+
+SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
+"""What ONNX Runtime must not fuse for a CPU: its fused kernels are slower there than the parts they replace."""
+
+Array = NDArray[Any]
+Result = TypeVar("Result")
+
+_TYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_REPLAY_TOLERANCE = 1e-2
+
+# While a graph is captured no other thread may copy to the device, or allocate or free there: the capture would fail.
+# So of the bundles a process has, one runs, captures or is freed at a time, and one is opened at a time.
+_RUNNING = threading.Lock()
+_OPENING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """How ONNX Runtime runs a model on one kind of device."""
+
+    provider: str
+    """Name of the execution provider; what it has no kernel for runs on the CPU."""
+    disabled_fusions: tuple[str, ...] = ()
+    binds: bool = False
+    """Whether inputs and outputs are bound, so that they cross to the device and back once a batch."""
+    memory: str = "cpu"
+    """ONNX Runtime's name of the kind of memory that buffers are allocated in."""
+    captures: bool = False
+    """Whether small batches are padded to buckets, each of which is run as one captured CUDA graph."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Of the provider."""
+
+
+CPU = Device("CPUExecutionProvider", SLOW_FUSIONS)
+CUDA = Device("CUDAExecutionProvider", binds=True, memory="cuda", captures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a model takes and gives."""
+
+    ids: Any
+    """Number type of token ids."""
+    has_mask: bool
+    has_types: bool
+    output: str
+    logits: Any
+    """Number type of the logits."""
+
+    @classmethod
+    def of(cls, session: Any, bundle: Bundle) -> "Signature":
+        """That of the model in `session`.
+
+        Raises:
+            BundleError: it takes something else than a bundle's model may.
+        """
+        inputs = {node.name: node for node in session.get_inputs()}
+        unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids"}
+        if unknown or "input_ids" not in inputs:
+            raise BundleError(
+                f"{bundle.model_path}: inputs are {sorted(inputs)}; input_ids is needed and none beside "
+                "attention_mask and token_type_ids can be given"
+            )
+        output = session.get_outputs()[0]
+        return cls(
+            ids=np.int32 if inputs["input_ids"].type == "tensor(int32)" else np.int64,
+            has_mask="attention_mask" in inputs,
+            has_types="token_type_ids" in inputs,
+            output=output.name,
+            logits=_TYPES.get(output.type, np.float32),
+        )
+
+    def feed(self, ids: Array, mask: Array) -> dict[str, Array]:
+        """The inputs of the model for a padded batch."""
+        found = {"input_ids": ids}
+        if self.has_mask:
+            found["attention_mask"] = mask
+        if self.has_types:
+            found["token_type_ids"] = np.zeros_like(ids)
+        return found
+
+
+class Runner(Protocol):
+    """A model that is ready to run."""
+
+    signature: Signature
+
+    def run(self, ids: Array, mask: Array) -> Array:
+        """The logits [n, labels] of a padded batch; raises whatever the runtime raises."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...
+
+
+class PlainRunner:
+    """Inputs and outputs are the caller's arrays. Threads may run one at the same time."""
+
+    def __init__(self, session: Any, signature: Signature) -> None:
+        """Use `session` from now on."""
+        self.signature = signature
+        self._session = session
+
+    def run(self, ids: Array, mask: Array) -> Array:
+        """See `Runner.run`."""
+        logits: Array = self._session.run([self.signature.output], self.signature.feed(ids, mask))[0]
+        return logits
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._session = None
+
+
+class BoundRunner:
+    """Inputs are bound to the caller's arrays and cross to the device and back once a batch."""
+
+    def __init__(self, session: Any, signature: Signature) -> None:
+        """Use `session` from now on."""
+        self.signature = signature
+        self._session = session
+
+    def run(self, ids: Array, mask: Array) -> Array:
+        """See `Runner.run`."""
+        with _RUNNING:
+            return run_bound(self._session, self.signature, ids, mask)
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        with _RUNNING:
+            self._session = None
+
+
+class GraphRunner:
+    """Batches that fit a bucket are padded to it and run as a captured graph; others as by `BoundRunner`.
+
+    ONNX Runtime keeps a captured graph with the thread that captured it, so everything runs on one thread of this
+    runner's own. A graph reads and writes the addresses it was captured with, so each bucket keeps its buffers.
+    """
+
+    def __init__(self, session: Any, signature: Signature, labels: int, buckets: Sequence[Bucket], memory: str) -> None:
+        """Capture a graph for each of `buckets`, and check that running it gives what the model gives.
+
+        Raises:
+            EngineError: a graph gives something else.
+            Exception: whatever the runtime raises.
+        """
+        self.signature = signature
+        self._session = session
+        self._slots: dict[Bucket, _Slot] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        try:
+            # The largest first: the memory that the others need is there then.
+            for number, bucket in enumerate(reversed(buckets), start=1):
+                make = partial(_Slot, number, bucket, session, signature, labels=labels, memory=memory)
+                self._slots[bucket] = self._on_thread(partial(self._captured, make))
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, ids: Array, mask: Array) -> Array:
+        """See `Runner.run`. The result has the rows of `ids` and no others."""
+        rows, length = ids.shape
+        bucket = bucket_for(tuple(self._slots), rows, length)
+        if bucket is None:
+            return self._on_thread(lambda: run_bound(self._session, self.signature, ids, mask))
+        slot = self._slots[bucket]
+        return self._on_thread(lambda: slot.run(*fill(bucket, ids, mask))[:rows])
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        if self._session is not None:
+            self._on_thread(self._forget)
+            self._thread.shutdown()
+
+    def _forget(self) -> None:
+        self._slots.clear()
+        self._session = None
+
+    def _captured(self, make: Callable[[], "_Slot"]) -> "_Slot":
+        slot = make()
+        first, second = (_sample(slot.bucket, self.signature.ids, seed) for seed in (0, 1))
+        slot.run(*first)
+        given = slot.run(*second)
+        expected = run_bound(self._session, self.signature, *second)
+        if not np.allclose(given, expected, rtol=_REPLAY_TOLERANCE, atol=_REPLAY_TOLERANCE):
+            shape = f"{slot.bucket.rows} x {slot.bucket.length}"
+            raise EngineError(f"The graph captured for {shape} does not give what the model gives.")
+        return slot
+
+    def _on_thread(self, work: Callable[[], Result]) -> Result:
+        def alone() -> Result:
+            with _RUNNING:
+                return work()
+
+        return self._thread.submit(alone).result()
+
+
+class _Slot:
+    """A bucket's buffers on the device, at addresses that stay, and the number of its graph."""
+
+    def __init__(
+        self, number: int, bucket: Bucket, session: Any, signature: Signature, *, labels: int, memory: str
+    ) -> None:
+        from onnxruntime import OrtValue
+
+        self.bucket = bucket
+        self._session = session
+        self._signature = signature
+        self._options = run_options(number)
+        shape = (bucket.rows, bucket.length)
+        empty = np.zeros(shape, dtype=signature.ids)
+        self._inputs = {
+            name: OrtValue.ortvalue_from_shape_and_type(shape, signature.ids, memory, 0)
+            for name in signature.feed(empty, empty)
+        }
+        self._output = OrtValue.ortvalue_from_shape_and_type((bucket.rows, labels), signature.logits, memory, 0)
+        self._binding = session.io_binding()
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output(signature.output, self._output)
+
+    def run(self, ids: Array, mask: Array) -> Array:
+        """The logits of all rows of the bucket. The first call captures the graph, each later one replays it."""
+        for name, values in self._signature.feed(ids, mask).items():
+            self._inputs[name].update_inplace(values)
+        self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+        # On a CPU it is the buffer itself, which the next batch overwrites.
+        return np.array(self._output.numpy())
+
+
+def run_bound(session: Any, signature: Signature, ids: Array, mask: Array) -> Array:
+    """The logits of a padded batch of any shape, by a binding of its own and without a graph."""
+    binding = session.io_binding()
+    for name, values in signature.feed(ids, mask).items():
+        binding.bind_cpu_input(name, values)
+    binding.bind_output(signature.output, "cpu")
+    session.run_with_iobinding(binding, run_options(-1))
+    logits: Array = binding.copy_outputs_to_cpu()[0]
+    return logits
+
+
+def run_options(graph: int) -> Any:
+    """Options of a run that captures or replays the graph numbered `graph`, from 1; -1: neither."""
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    # 0 is the runtime's own.
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
+
+
+def open_runner(bundle: Bundle, threads: int, device: Device) -> Runner:
+    """Load the model of `bundle`. Where its graph cannot be captured, it runs without, with a warning.
+
+    Raises:
+        BundleError: the file is no ONNX model, or not one of the shape a bundle has, or the device cannot be started.
+    """
+    if not device.binds:
+        session = _open_session(bundle, threads, device)
+        return PlainRunner(session, Signature.of(session, bundle))
+    with _OPENING:
+        reason = ""
+        if device.captures:
+            try:
+                return _open_graphs(bundle, threads, device)
+            except Exception as error:
+                reason = str(error)
+        session = _open_session(bundle, threads, device)
+    if reason:
+        get_logger().warning("engine.graphs_refused", reason=reason)
+    return BoundRunner(session, Signature.of(session, bundle))
+
+
+def _open_graphs(bundle: Bundle, threads: int, device: Device) -> GraphRunner:
+    options = {**device.options, "enable_cuda_graph": "1"} if device.memory == CUDA.memory else device.options
+    session = _open_session(bundle, threads, replace(device, options=options))
+    signature = Signature.of(session, bundle)
+    return GraphRunner(session, signature, len(bundle.labels), shape_buckets(bundle.max_length), device.memory)
+
+
+def _sample(bucket: Bucket, dtype: Any, seed: int) -> tuple[Array, Array]:
+    """A batch of the shape of `bucket`; ids are 0 and 1, which every vocabulary has."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, bucket.length + 1, size=bucket.rows)
+    mask = (np.arange(bucket.length) < lengths[:, None]).astype(dtype)
+    return (random.integers(0, 2, size=mask.shape) * mask).astype(dtype), mask
+
+
+def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
+    # Half a second to import; callers that only use FakeEngine do not pay it.
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # A waiting thread that spins takes the core from the replica beside it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if device.memory == CUDA.memory:
+        # CUDA and cuDNN that came as Python packages are on no path the system searches.
+        onnxruntime.preload_dlls()
+    providers = {device.provider: dict(device.options)}
+    providers.setdefault(CPU.provider, {})
+    try:
+        session = onnxruntime.InferenceSession(
+            str(bundle.model_path),
+            options,
+            providers=list(providers.items()),
+            disabled_optimizers=list(device.disabled_fusions),
+            # It would print, and go on with another provider than the one that was chosen.
+            enable_fallback=0,
+        )
+    except Exception as error:
+        raise BundleError(
+            f"{bundle.model_path}: ONNX Runtime cannot load it for {device.provider} ({error})"
+        ) from error
+    # Some providers that fail to start are left out without an error.
+    if device.provider not in session.get_providers():
+        raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot start {device.provider}")
+    return session
