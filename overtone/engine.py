@@ -142,7 +142,7 @@ def choose_engine(wanted: WantedEngine, providers: Collection[str], precision: P
         if precision == "int8":
             raise BundleError(
                 "ENGINE is onnx-cuda, but this bundle is int8, whose operators have kernels for CPUs alone; "
-                "export it with `export.precision: fp32`, or set ENGINE=auto"
+                "export it with `export.precision: fp16` or fp32, or set ENGINE=auto"
             )
         return Choice("onnx-cuda", "ENGINE asks for it")
     if not has_cuda:

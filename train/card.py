@@ -29,9 +29,10 @@ def render(exported: Exported, found: Evaluation, config: TrainConfig, command: 
 
 def _summary(bundle: Bundle, config: TrainConfig) -> str:
     labels = ", ".join(bundle.labels)
+    device = " on CPU" if bundle.precision == "int8" else ""
     return (
         f"Version `{bundle.version}`. Classifies a text as one of: {labels}. Fine-tuned from {bundle.base_model}; "
-        f"{bundle.precision} weights for ONNX Runtime on CPU; texts are cut at {config.model.max_length} tokens."
+        f"{bundle.precision} weights for ONNX Runtime{device}; texts are cut at {config.model.max_length} tokens."
     )
 
 

@@ -131,9 +131,14 @@ class ClusterConfig(Section):
 class ExportConfig(Section):
     """How the trained model becomes a bundle."""
 
-    precision: Literal["int8", "fp32"] = "int8"
+    precision: Literal["int8", "fp16", "fp32"] = "int8"
+    """int8 is for CPUs, fp16 for GPUs; a CPU runs fp16 too, by way of fp32."""
+    operators: Literal["fused", "standard"] = "fused"
+    """`standard` keeps to operators of the ONNX standard, which a runtime that has no others needs."""
     max_int8_loss: float = Field(0.005, ge=0, le=1)
     """Macro-averaged recall the int8 model may lose against fp32 before the export fails."""
+    max_fp16_difference: float = Field(0.01, gt=0, le=1)
+    """Largest difference allowed between a score of the fp16 model and of the fp32 model."""
     max_parity_difference: float = Field(1e-3, gt=0)
     """Largest difference allowed between a log probability of the torch model and of its fp32 ONNX export."""
     prior_offset: float = Field(0.0, ge=-2, le=2)
@@ -146,6 +151,12 @@ class ExportConfig(Section):
         ("I love this", "worst service ever", "The meeting is at noon."), min_length=1, max_length=64
     )
     """Texts whose scores the bundle records, checked whenever it is loaded for serving."""
+
+    @model_validator(mode="after")
+    def _int8_is_fused(self) -> "ExportConfig":
+        if self.precision == "int8" and self.operators != "fused":
+            raise ValueError("operators=standard does not go with precision=int8; set fp16 or fp32")
+        return self
 
 
 class CardConfig(Section):

@@ -1,4 +1,4 @@
-"""From trained weights to a bundle: ONNX, fusion, int8, parity, calibration, evaluation."""
+"""From trained weights to a bundle: ONNX, fusion, int8 or fp16, parity, calibration, evaluation."""
 
 import logging
 import os
@@ -60,8 +60,8 @@ def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split
     finished and checked, and stays as it was when anything fails.
 
     Raises:
-        OvertoneError: the ONNX model does not give what the torch model gives, its attention was not fused, or int8
-            costs more than `export.max_int8_loss`.
+        OvertoneError: the ONNX model does not give what the torch model gives, its attention was not fused, int8
+            costs more than `export.max_int8_loss`, or fp16 changes scores by more than `export.max_fp16_difference`.
     """
     log = get_logger()
     validation = split.validation
@@ -69,20 +69,27 @@ def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split
         # The fusions below know attention that is written out, not the fused kernel of torch.
         model, tokenizer = open_trained(weights, attention="eager")
         _offset_prior(model, split.train, config)
-        plain, fused, small = (Path(scratch) / name for name in ("plain.onnx", "fused.onnx", "int8.onnx"))
+        plain, fused, small = (Path(scratch) / name for name in ("plain.onnx", "fused.onnx", "small.onnx"))
         _to_onnx(model, plain)
-        _fuse(plain, fused, model.config)
-        reference = _candidate(Path(scratch) / "fp32", fused, tokenizer, config, precision="fp32")
+        if config.export.operators == "fused":
+            _fuse(plain, fused, model.config)
+        full = fused if config.export.operators == "fused" else plain
+        reference = _candidate(Path(scratch) / "fp32", full, tokenizer, config, precision="fp32")
         difference = _parity(model, tokenizer, reference, config, validation.texts[:_PARITY_TEXTS])
         log.info("export.checked", largest_logit_difference=difference)
         reference_logits = log_scores(reference, validation.texts)
         chosen, logits = reference, reference_logits
         if config.export.precision == "int8":
             sample = TextEncoder(reference).encode(_sample(split.train.texts))
-            _quantise(fused, small, sample)
+            _quantise(full, small, sample)
             chosen = _candidate(Path(scratch) / "int8", small, tokenizer, config, precision="int8")
             logits = log_scores(chosen, validation.texts)
             _require_small_loss(logits, reference_logits, validation, config)
+        elif config.export.precision == "fp16":
+            _halve(full, small)
+            chosen = _candidate(Path(scratch) / "fp16", small, tokenizer, config, precision="fp16")
+            logits = log_scores(chosen, validation.texts)
+            _require_same(logits, reference_logits, config)
         exported = _finish(chosen, logits, reference_logits, config, validation, {**facts, "parity": difference})
         return replace(exported, bundle=_publish(exported.bundle, output))
 
@@ -193,6 +200,19 @@ def _quantise(fused: Path, target: Path, sample: Sequence[Sequence[int]]) -> Non
     onnx.save(model, target)
 
 
+def _halve(full: Path, target: Path) -> None:
+    """Weights and arithmetic in float16; token ids and logits keep their types.
+
+    Numbers that float16 has not, such as what a mask adds to the scores of padding, become the nearest it has.
+    """
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of each number that is cut
+        onnx.save(convert_float_to_float16(onnx.load(full), keep_io_types=True), target)
+
+
 def _candidate(folder: Path, model: Path, tokenizer: Any, config: TrainConfig, *, precision: Any) -> Bundle:
     """A bundle of `model` that is complete but for its temperature and golden scores."""
     folder.mkdir()
@@ -244,6 +264,15 @@ def _require_small_loss(
         raise OvertoneError(
             f"int8 costs {full - small:.4f} of macro-averaged recall ({full:.4f} to {small:.4f}); "
             f"export.max_int8_loss allows {config.export.max_int8_loss}; set export.precision=fp32 or train longer"
+        )
+
+
+def _require_same(logits: NDArray[np.float32], reference: NDArray[np.float32], config: TrainConfig) -> None:
+    difference = float(np.abs(np.exp(logits) - np.exp(reference)).max())
+    if not difference <= config.export.max_fp16_difference:
+        raise OvertoneError(
+            f"fp16 changes a score by {difference:.2g}; export.max_fp16_difference allows "
+            f"{config.export.max_fp16_difference:.2g}; set export.precision=fp32"
         )
 
 

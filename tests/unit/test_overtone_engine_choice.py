@@ -53,7 +53,7 @@ def test_cuda_that_is_not_there_is_an_error_of_the_setting() -> None:
 
 
 def test_cuda_for_an_int8_bundle_is_an_error_of_the_bundle() -> None:
-    with pytest.raises(BundleError, match=r"export\.precision: fp32"):
+    with pytest.raises(BundleError, match=r"export\.precision: fp16"):
         choose_engine("onnx-cuda", ON_GPU, "int8")
 
 

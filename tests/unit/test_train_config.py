@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from overtone.errors import ConfigurationError
 from overtone.settings import Settings, load_settings
-from train.config import TrainConfig, load_config
+from train.config import ExportConfig, TrainConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,3 +93,9 @@ def test_a_missing_file_is_named(tmp_path: Path, settings: Settings) -> None:
 def test_values_survive_the_way_to_a_worker(settings: Settings) -> None:
     config = load_config(ROOT / "configs" / "train" / "tweets.yaml", settings)
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_int8_needs_the_fused_operators() -> None:
+    assert ExportConfig(precision="fp16", operators="standard").operators == "standard"
+    with pytest.raises(ValidationError, match="precision=int8"):
+        ExportConfig(operators="standard")
