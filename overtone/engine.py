@@ -7,6 +7,7 @@ runtime are its own business. `classify` blocks, so asynchronous callers give it
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,11 +17,11 @@ from overtone.bundle import Bundle, Precision, TextEncoder, probabilities
 from overtone.errors import BundleError, ConfigurationError, EngineError
 from overtone.hardware import has_fast_int8, has_nvidia_driver, read_cpu_features
 from overtone.logging import get_logger
-from overtone.sessions import CPU, CUDA, Device, Runner, open_runner
+from overtone.sessions import CPU, CUDA, TENSORRT, Device, Runner, open_runner, tensorrt_for
 from overtone.settings import WantedEngine
 
 Probabilities = NDArray[np.float32]
-EngineName = Literal["onnx-cpu", "onnx-cuda"]
+EngineName = Literal["onnx-cpu", "onnx-cuda", "onnx-tensorrt"]
 
 
 class Engine(Protocol):
@@ -43,13 +44,10 @@ class Engine(Protocol):
         ...
 
 
-DEVICES: dict[EngineName, Device] = {"onnx-cpu": CPU, "onnx-cuda": CUDA}
-
-
 class OnnxEngine:
     """ONNX Runtime on one device. Threads may share one; each call runs on the same pool of `threads`.
 
-    `CUDA` has not been run on a device yet; what it does otherwise than `CPU` was run on a CPU alone.
+    `CUDA` and `TENSORRT` have not been run on a device yet; what they do otherwise than `CPU` was run on a CPU alone.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1, device: Device = CPU) -> None:
@@ -133,18 +131,19 @@ def choose_engine(wanted: WantedEngine, providers: Collection[str], precision: P
     has_cuda = CUDA.provider in providers
     if wanted == "onnx-cpu":
         return Choice("onnx-cpu", "ENGINE asks for it")
-    if wanted == "onnx-cuda":
-        if not has_cuda:
+    if wanted != "auto":
+        if not has_cuda or (wanted == "onnx-tensorrt" and TENSORRT.provider not in providers):
+            device = "TensorRT" if has_cuda else "CUDA device"
             raise ConfigurationError(
-                "ENGINE is onnx-cuda, but ONNX Runtime finds no CUDA device here. Install the extra `gpu` in place of "
+                f"ENGINE is {wanted}, but ONNX Runtime finds no {device} here. Install the extra `gpu` in place of "
                 "the package onnxruntime, check that nvidia-smi shows a GPU, or set ENGINE=auto."
             )
         if precision == "int8":
             raise BundleError(
-                "ENGINE is onnx-cuda, but this bundle is int8, whose operators have kernels for CPUs alone; "
+                f"ENGINE is {wanted}, but this bundle is int8, whose operators have kernels for CPUs alone; "
                 "export it with `export.precision: fp16` or fp32, or set ENGINE=auto"
             )
-        return Choice("onnx-cuda", "ENGINE asks for it")
+        return Choice(wanted, "ENGINE asks for it")
     if not has_cuda:
         return Choice("onnx-cpu", "ONNX Runtime finds no CUDA device here")
     if precision == "int8":
@@ -158,17 +157,25 @@ def is_slow(precision: Precision, features: frozenset[str] | None) -> bool:
 
 
 def usable_providers() -> list[str]:
-    """The execution providers of the installed ONNX Runtime, less CUDA where no driver is loaded."""
+    """The execution providers of the installed ONNX Runtime, less those for GPUs where no driver is loaded."""
     import onnxruntime
 
     providers: list[str] = onnxruntime.get_available_providers()
-    return [name for name in providers if name != CUDA.provider or has_nvidia_driver()]
+    on_gpu = {CUDA.provider, TENSORRT.provider}
+    return [name for name in providers if name not in on_gpu or has_nvidia_driver()]
 
 
 def open_engine(
-    bundle: Bundle, threads: int = 1, *, wanted: WantedEngine = "auto", providers: Collection[str] | None = None
+    bundle: Bundle,
+    threads: int = 1,
+    *,
+    wanted: WantedEngine = "auto",
+    providers: Collection[str] | None = None,
+    built: Path | None = None,
 ) -> Engine:
     """The engine for `bundle` on this machine, with `threads` threads. `providers` default to `usable_providers()`.
+
+    TensorRT keeps what it builds in the folder `built`; without, it builds anew at each load, for minutes.
 
     Raises:
         BundleError: the model cannot be loaded, or the device that `wanted` names cannot run it.
@@ -178,13 +185,19 @@ def open_engine(
     if choice.name == "onnx-cpu" and is_slow(bundle.precision, read_cpu_features()):
         get_logger().warning("engine.int8_is_slow", reason="the processor has no VNNI, AMX or dot product")
     try:
-        return OnnxEngine(bundle, threads, DEVICES[choice.name])
+        return OnnxEngine(bundle, threads, _device(choice.name, bundle, built))
     except BundleError as error:
         # Drivers that are too old, and devices that Ray keeps from this replica, show only here.
         if wanted != "auto" or choice.name == "onnx-cpu":
             raise
         get_logger().warning("engine.device_refused", reason=error.message)
         return OnnxEngine(bundle, threads)
+
+
+def _device(name: EngineName, bundle: Bundle, built: Path | None) -> Device:
+    if name == "onnx-tensorrt":
+        return tensorrt_for(bundle, built)
+    return CUDA if name == "onnx-cuda" else CPU
 
 
 BUDGET_TOKENS = 512

@@ -1,10 +1,12 @@
 """How ONNX Runtime runs a model on one kind of device: sessions, buffers on the device, captured graphs."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from overtone.bundle import Bundle
 from overtone.errors import BundleError, EngineError
 from overtone.logging import get_logger
-from overtone.shapes import Bucket, bucket_for, fill, shape_buckets
+from overtone.shapes import Bucket, bucket_for, fill, shape_buckets, shape_profile
 
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 """What ONNX Runtime must not fuse for a CPU: its fused kernels are slower there than the parts they replace."""
@@ -45,10 +47,50 @@ class Device:
     """Whether small batches are padded to buckets, each of which is run as one captured CUDA graph."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Of the provider."""
+    folder: Path | None = None
+    """Where the provider keeps what it builds; one process at a time opens a model with it."""
+    max_rows: int | None = None
+    """Most rows it runs at once."""
+    takes_all: bool = False
+    """Whether a model of which it cannot run a part is refused, instead of that part running elsewhere."""
 
 
 CPU = Device("CPUExecutionProvider", SLOW_FUSIONS)
 CUDA = Device("CUDAExecutionProvider", binds=True, memory="cuda", captures=True)
+TENSORRT = Device("TensorrtExecutionProvider", binds=True, memory="cuda", takes_all=True)
+"""`tensorrt_for` says how it runs a given bundle."""
+
+
+def tensorrt_for(bundle: Bundle, folder: Path | None) -> Device:
+    """How TensorRT runs `bundle`; what it builds is kept under `folder`, if one is given.
+
+    An engine fits one model, one version of ONNX Runtime and the shapes it was built for, so each has a folder.
+    The kind of GPU is in the names of the files in it.
+
+    Raises:
+        BundleError: the file is no ONNX model, or not one of the shape a bundle has.
+    """
+    import onnxruntime
+
+    profile = shape_profile(bundle.max_length)
+    options = {
+        "trt_fp16_enable": "True",
+        # Sums of squares in layer norms do not fit into fp16.
+        "trt_layer_norm_fp32_fallback": "True",
+        **profile.options(_read_signature(bundle).inputs),
+    }
+    kept = None
+    if folder is not None:
+        most = profile.most
+        kept = folder / f"{bundle.version}-{onnxruntime.__version__}-{most.rows}x{most.length}"
+        options |= {
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": str(kept),
+            "trt_timing_cache_enable": "True",
+            # What kernels cost is the same for every model.
+            "trt_timing_cache_path": str(folder),
+        }
+    return replace(TENSORRT, options=options, folder=kept, max_rows=profile.most.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +127,12 @@ class Signature:
             output=output.name,
             logits=_TYPES.get(output.type, np.float32),
         )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of what it takes."""
+        empty = np.zeros((1, 1), dtype=self.ids)
+        return tuple(self.feed(empty, empty))
 
     def feed(self, ids: Array, mask: Array) -> dict[str, Array]:
         """The inputs of the model for a padded batch."""
@@ -131,15 +179,18 @@ class PlainRunner:
 class BoundRunner:
     """Inputs are bound to the caller's arrays and cross to the device and back once a batch."""
 
-    def __init__(self, session: Any, signature: Signature) -> None:
-        """Use `session` from now on."""
+    def __init__(self, session: Any, signature: Signature, max_rows: int | None = None) -> None:
+        """Use `session` from now on, for at most `max_rows` rows at once."""
         self.signature = signature
         self._session = session
+        self._max_rows = max_rows
 
     def run(self, ids: Array, mask: Array) -> Array:
         """See `Runner.run`."""
+        step = self._max_rows or len(ids)
+        parts = [slice(start, start + step) for start in range(0, len(ids), step)]
         with _RUNNING:
-            return run_bound(self._session, self.signature, ids, mask)
+            return np.concatenate([run_bound(self._session, self.signature, ids[one], mask[one]) for one in parts])
 
     def close(self) -> None:
         """See `Runner.close`."""
@@ -225,10 +276,8 @@ class _Slot:
         self._signature = signature
         self._options = run_options(number)
         shape = (bucket.rows, bucket.length)
-        empty = np.zeros(shape, dtype=signature.ids)
         self._inputs = {
-            name: OrtValue.ortvalue_from_shape_and_type(shape, signature.ids, memory, 0)
-            for name in signature.feed(empty, empty)
+            name: OrtValue.ortvalue_from_shape_and_type(shape, signature.ids, memory, 0) for name in signature.inputs
         }
         self._output = OrtValue.ortvalue_from_shape_and_type((bucket.rows, labels), signature.logits, memory, 0)
         self._binding = session.io_binding()
@@ -284,14 +333,35 @@ def open_runner(bundle: Bundle, threads: int, device: Device) -> Runner:
                 return _open_graphs(bundle, threads, device)
             except Exception as error:
                 reason = str(error)
-        session = _open_session(bundle, threads, device)
+        with _alone_in(device.folder):
+            session = _open_session(bundle, threads, device)
     if reason:
         get_logger().warning("engine.graphs_refused", reason=reason)
-    return BoundRunner(session, Signature.of(session, bundle))
+    return BoundRunner(session, Signature.of(session, bundle), device.max_rows)
+
+
+@contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """No other process is within this for `folder`, which is made: a second one would read what is half written."""
+    if folder is None:
+        yield
+        return
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise BundleError(
+            f"{folder}: cannot be written ({error.strerror}); TensorRT keeps its engines there"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _open_graphs(bundle: Bundle, threads: int, device: Device) -> GraphRunner:
-    options = {**device.options, "enable_cuda_graph": "1"} if device.memory == CUDA.memory else device.options
+    options = {**device.options, "enable_cuda_graph": "True"} if device.memory == CUDA.memory else device.options
     session = _open_session(bundle, threads, replace(device, options=options))
     signature = Signature.of(session, bundle)
     return GraphRunner(session, signature, len(bundle.labels), shape_buckets(bundle.max_length), device.memory)
@@ -303,6 +373,19 @@ def _sample(bucket: Bucket, dtype: Any, seed: int) -> tuple[Array, Array]:
     lengths = random.integers(1, bucket.length + 1, size=bucket.rows)
     mask = (np.arange(bucket.length) < lengths[:, None]).astype(dtype)
     return (random.integers(0, 2, size=mask.shape) * mask).astype(dtype), mask
+
+
+def _read_signature(bundle: Bundle) -> Signature:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(bundle.model_path), options, providers=[CPU.provider])
+    except Exception as error:
+        raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({error})") from error
+    return Signature.of(session, bundle)
 
 
 def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
@@ -320,7 +403,10 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
         # CUDA and cuDNN that came as Python packages are on no path the system searches.
         onnxruntime.preload_dlls()
     providers = {device.provider: dict(device.options)}
-    providers.setdefault(CPU.provider, {})
+    if device.takes_all:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    else:
+        providers.setdefault(CPU.provider, {})
     try:
         session = onnxruntime.InferenceSession(
             str(bundle.model_path),
@@ -331,8 +417,9 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
             enable_fallback=0,
         )
     except Exception as error:
+        hint = "; it may need a bundle exported with `export.operators: standard`" if device.takes_all else ""
         raise BundleError(
-            f"{bundle.model_path}: ONNX Runtime cannot load it for {device.provider} ({error})"
+            f"{bundle.model_path}: ONNX Runtime cannot load it for {device.provider} ({error}){hint}"
         ) from error
     # Some providers that fail to start are left out without an error.
     if device.provider not in session.get_providers():

@@ -52,7 +52,7 @@ Algorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "HS256", "HS384", "HS512"
 ]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
-WantedEngine = Literal["auto", "onnx-cpu", "onnx-cuda"]
+WantedEngine = Literal["auto", "onnx-cpu", "onnx-cuda", "onnx-tensorrt"]
 
 
 class Settings(BaseSettings):
@@ -244,8 +244,8 @@ class Settings(BaseSettings):
     )
     engine: WantedEngine = Field(
         "auto",
-        description="What runs the model: auto, onnx-cpu or onnx-cuda. auto: CUDA where there is a device and the "
-        "bundle is not int8, else the CPU.",
+        description="What runs the model: auto, onnx-cpu, onnx-cuda or onnx-tensorrt. auto: CUDA where there is a "
+        "device and the bundle is not int8, else the CPU; never TensorRT, which builds for minutes at the first load.",
     )
     serve_replicas: int | None = Field(
         None, ge=1, le=1024, description="Serving replicas, one thread each. 1 to 1024. Default: one a core, at most 8."
@@ -285,6 +285,11 @@ class Settings(BaseSettings):
     def home(self) -> Path:
         """`overtone_home`, absolute, with `~` resolved."""
         return self.overtone_home.expanduser().absolute()
+
+    @property
+    def tensorrt_folder(self) -> Path:
+        """Where TensorRT keeps what it builds."""
+        return self.home / "tensorrt"
 
     @property
     def replicas(self) -> int:

@@ -67,5 +67,33 @@ def fill(bucket: Bucket, ids: NDArray[Any], mask: NDArray[Any]) -> tuple[NDArray
     return padded_ids, padded_mask
 
 
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Between which shapes of a batch an engine of TensorRT runs, and the one it is tuned for."""
+
+    least: Bucket
+    usual: Bucket
+    most: Bucket
+
+    def options(self, names: Sequence[str]) -> dict[str, str]:
+        """As ONNX Runtime wants them told, for the inputs `names`."""
+        shapes = {"min": self.least, "opt": self.usual, "max": self.most}
+        return {
+            f"trt_profile_{kind}_shapes": ",".join(f"{name}:{one.rows}x{one.length}" for name in names)
+            for kind, one in shapes.items()
+        }
+
+
+def shape_profile(max_length: int, batch_tokens: int = MAX_BATCH_TOKENS) -> Profile:
+    """For texts of up to `max_length` tokens in batches of up to `batch_tokens` padded tokens, or one row.
+
+    A batch of short texts may have more rows than the largest shape; it is run in parts.
+    """
+    rows = max(1, batch_tokens // max_length)
+    return Profile(
+        Bucket(1, 1), Bucket(min(rows, _MAX_ROWS), min(max_length, 2 * _MIN_LENGTH)), Bucket(rows, max_length)
+    )
+
+
 def _order(bucket: Bucket) -> tuple[int, int]:
     return bucket.tokens, bucket.rows

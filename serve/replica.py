@@ -71,7 +71,7 @@ class Replica:
         self._classifier = Classifier(
             limits=options.limits,
             threads=options.threads,
-            engine_for=partial(open_engine, wanted=self._settings.engine),
+            engine_for=partial(open_engine, wanted=self._settings.engine, built=self._settings.tensorrt_folder),
             cache=_cache(self._settings),
         )
         self._tracing = open_tracing(self._settings.otel_exporter_otlp_endpoint, self._settings.otel_traces_sampler_arg)

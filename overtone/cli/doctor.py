@@ -224,8 +224,18 @@ def _engine(settings: Settings) -> Iterator[Finding]:
         return
     choice = choose_engine(settings.engine, usable_providers(), bundle.precision)
     yield Finding("engine", "ok", f"{choice.name}: {choice.reason}")
+    if choice.name == "onnx-tensorrt":
+        yield built_finding(settings.tensorrt_folder, bundle)
     if choice.name == "onnx-cpu":
         yield processor_finding(bundle, read_cpu_features())
+
+
+def built_finding(folder: Path, bundle: Bundle) -> Finding:
+    """Whether TensorRT has built something for `bundle` already, in `folder`."""
+    if any(folder.glob(f"{bundle.version}-*/*.engine")):
+        return Finding("tensorrt", "ok", f"an engine for {bundle.version} is kept in {folder}")
+    advice = "The first load builds one, for minutes. Run: overtone doctor --bench, before it serves."
+    return Finding("tensorrt", "warning", f"no engine for {bundle.version} in {folder}", advice)
 
 
 def runtime_finding(versions: dict[str, str]) -> Finding:
@@ -264,7 +274,7 @@ def _bench(settings: Settings, seconds: float) -> Iterator[Finding]:
     bundle = _readable_bundle(settings)
     if bundle is None:
         return
-    engine = open_engine(bundle, wanted=settings.engine)
+    engine = open_engine(bundle, wanted=settings.engine, built=settings.tensorrt_folder)
     try:
         # Enough copies that batches are as large as when serving.
         token_ids = TextEncoder(bundle).encode([golden.text for golden in bundle.golden] * 8)

@@ -131,7 +131,7 @@ def _follow(settings: Settings, new: Rollout) -> str | None:
 def _require_fit(settings: Settings, folder: str | None, champion: str | None) -> None:
     """The check that replicas make too, before anything is touched."""
     bundle = _bundle(settings, folder)
-    engine = open_engine(bundle, wanted=settings.engine)
+    engine = open_engine(bundle, wanted=settings.engine, built=settings.tensorrt_folder)
     try:
         check_golden(bundle, engine)
     finally:

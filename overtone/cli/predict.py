@@ -92,7 +92,7 @@ class LocalPredictor:
     def __init__(self, settings: Settings, threads: int) -> None:
         self._bundle = load_bundle(settings.bundle)
         self._encoder = TextEncoder(self._bundle)
-        self._engine = open_engine(self._bundle, threads, wanted=settings.engine)
+        self._engine = open_engine(self._bundle, threads, wanted=settings.engine, built=settings.tensorrt_folder)
 
     async def classify(self, texts: Sequence[str]) -> list[Outcome]:
         """See `Predictor`."""

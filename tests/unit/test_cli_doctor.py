@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from overtone.bundle import Bundle
-from overtone.cli.doctor import Finding, examine, layout_finding, processor_finding, runtime_finding
+from overtone.cli.doctor import Finding, built_finding, examine, layout_finding, processor_finding, runtime_finding
 from overtone.engine import CUDA, usable_providers
 
 
@@ -76,3 +76,13 @@ def test_int8_on_an_old_processor_is_named(tiny_bundle: Bundle) -> None:
     assert processor_finding(int8, frozenset({"avx2"})).level == "warning"
     assert processor_finding(tiny_bundle, frozenset({"avx2"})).level == "ok"
     assert processor_finding(int8, None).level == "ok"
+
+
+def test_the_doctor_says_whether_tensorrt_has_still_to_build(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    before = built_finding(tmp_path, tiny_bundle)
+    assert before.level == "warning"
+    assert "overtone doctor --bench" in before.advice
+    folder = tmp_path / f"{tiny_bundle.version}-1.32.0-128x128"
+    folder.mkdir()
+    (folder / "TensorrtExecutionProvider_0_sm90.engine").touch()
+    assert built_finding(tmp_path, tiny_bundle).level == "ok"
