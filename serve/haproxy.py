@@ -10,6 +10,8 @@ when the Ray process that started it ends. It also has every request answered wh
   its connection, for the client to try again. A request that is too large to be repeated therefore goes through HAProxy
   twice, the second time as the first of a connection of its own, on which HAProxy does answer.
 - An answer that fits the buffer is waited for whole before the client sees its head.
+- While Serve lists no replica, HAProxy goes on with those it had, for as long as they pass its health checks: Serve takes
+  a replica off the list while it hands it a new `user_config`, which would be an outage where only one is up.
 - While no replica is up, HAProxy itself stands in for Ray's Python proxy and answers 503: the proxy keeps requests
   waiting, maybe for a replica that is dead.
 - What is neither ours nor JSON (HAProxy's own errors) becomes a problem.
@@ -40,7 +42,15 @@ for argument in "$@"; do
 done
 if [ -n "$config" ]; then
     umask 077
-    sed -e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
+    kept=/dev/null
+    if grep ' check observe layer4 ' "$config" >"$config.replicas.$$"; then
+        mv "$config.replicas.$$" "$config.replicas"
+    else
+        rm -f "$config.replicas.$$"
+        kept=$config.replicas
+    fi
+    sed -e "/ check backup\\$/r $kept" \\
+        -e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
         -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\
         -e '/^ *log [^ ]* local0 info$/d' \\
@@ -78,7 +88,7 @@ _AGAIN = """\
 backend again
     option http-server-close
     http-reuse never
-    retry-on none
+    retry-on conn-failure
     server again unix@{folder}/again.sock
 """
 

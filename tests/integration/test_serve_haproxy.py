@@ -60,7 +60,7 @@ def dying(after: bytes = b"") -> Replica:
     return serve
 
 
-def write_config(file: Path, port: int, servers: list[int], environment: dict[str, str]) -> None:
+def write_config(file: Path, port: int, servers: list[int], environment: dict[str, str], *, has_app: bool) -> None:
     """What Ray writes for HAProxy on `port` before replicas on the ports `servers`."""
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
     from ray.serve.config import HTTPOptions
@@ -81,7 +81,7 @@ def write_config(file: Path, port: int, servers: list[int], environment: dict[st
     replicas = [ServerConfig(f"r{number}", "127.0.0.1", port) for number, port in enumerate(servers)]
     fallback = ServerConfig("fallback", "127.0.0.1", 1)
     app = BackendConfig("app", "/", app_name="app", servers=replicas, fallback_server=fallback)
-    backends = {"app": app} if servers else {}
+    backends = {"app": app} if has_app else {}
     HAProxyApi(config, backends, str(file))._generate_config_file_internal()
 
 
@@ -104,8 +104,22 @@ async def proxy(folder: Path, *replicas: Replica, started: list[asyncio.Server] 
     servers = [await asyncio.start_server(closing(replica), "127.0.0.1", 0) for replica in replicas]
     if started is not None:
         started += servers
+    try:
+        ports = [server.sockets[0].getsockname()[1] for server in servers]
+        async with proxy_before(folder, ports, environment, has_app=bool(servers)) as url:
+            yield url
+    finally:
+        for server in servers:
+            server.close()
+
+
+@asynccontextmanager
+async def proxy_before(
+    folder: Path, servers: list[int], environment: dict[str, str], *, has_app: bool = True
+) -> AsyncIterator[str]:
+    """HAProxy with Ray's configuration for replicas on the ports `servers`; its address."""
     port, file = free_port(), folder / "haproxy.cfg"
-    write_config(file, port, [server.sockets[0].getsockname()[1] for server in servers], environment)
+    write_config(file, port, servers, environment, has_app=has_app)
     process = await asyncio.create_subprocess_exec(
         environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file), stderr=asyncio.subprocess.PIPE
     )
@@ -117,8 +131,6 @@ async def proxy(folder: Path, *replicas: Replica, started: list[asyncio.Server] 
     finally:
         process.kill()
         _, said = await process.communicate()
-        for server in servers:
-            server.close()
     complaints = [line for line in said.decode().splitlines() if "parsing [" in line]
     assert complaints == []
 
@@ -220,6 +232,20 @@ async def test_errors_that_are_ours_stay(folder: Path) -> None:
     ours = answering(b"{}", b"500 Internal Server Error", b"application/problem+json")
     async with proxy(folder, ours) as url, httpx.AsyncClient(base_url=url) as client:
         assert (await client.post("/predict", content=b"x")).status_code == 500
+
+
+async def test_replicas_that_serve_takes_off_its_list_go_on_while_they_are_healthy(folder: Path) -> None:
+    environment = serve_environment(host="127.0.0.1", folder=folder)
+    replica = await asyncio.start_server(answering(b'{"label":"x"}'), "127.0.0.1", 0)
+    listed = [replica.sockets[0].getsockname()[1]]
+
+    for servers in (listed, []):  # as when the only replica is given a new `user_config`
+        async with proxy_before(folder, servers, environment) as url, httpx.AsyncClient(base_url=url) as client:
+            for body in (b"x", LARGE):
+                assert (await client.post("/predict", content=body)).content == b'{"label":"x"}'
+    replica.close()
+    async with proxy_before(folder, [], environment) as url, httpx.AsyncClient(base_url=url) as client:
+        assert_is_unavailable(await client.post("/predict", content=b"x"))
 
 
 async def test_without_an_application_it_is_unavailable(folder: Path) -> None:
