@@ -33,7 +33,7 @@ from train.calibrate import TEXTS, measure_scales
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, log_prior, pad
 from train.encoder import encoder_of, open_trained
-from train.graph import freeze_scales, quantised_tensors, split_attention
+from train.graph import freeze_scales, pack_rows, quantised_tensors, split_attention
 from train.scores import Scores, fit_temperature, score, softmax
 
 CARD_FILE = "README.md"
@@ -197,6 +197,7 @@ def _quantise(fused: Path, target: Path, sample: Sequence[Sequence[int]]) -> Non
         root.setLevel(before)
     model = onnx.load(target)
     freeze_scales(model, measure_scales(model, quantised_tensors(model), sample))
+    pack_rows(model)
     onnx.save(model, target)
 
 

@@ -12,7 +12,15 @@ import numpy as np
 OPSET = 24
 """The first with the input of `Attention` for the lengths of padded rows."""
 
+MASK_INPUT = "attention_mask"
+"""The input of a model that is 1 for tokens and 0 for padding."""
+
 _CONTRIB = "com.microsoft"
+_TOKENWISE = frozenset(
+    {"Add", "Cast", "Gelu", "LayerNormalization", "MatMul", "MatMulIntegerToFloat", "Mul", "QuantizeLinear"}
+)
+"""Operators that make each token's numbers from that token's alone, where whatever else they read is constant."""
+_PRODUCTS = frozenset({"MatMul", "MatMulIntegerToFloat"})
 _MAKE_LENGTHS = ("EmbedLayerNormalization", "ReduceSum")
 
 
@@ -103,6 +111,98 @@ def freeze_scales(model: Any, scales: Mapping[str, Scale]) -> None:
         elif name not in dropped:
             nodes.append(node)
     _replace_nodes(model.graph, nodes)
+
+
+def pack_rows(model: Any) -> int:
+    """Let nothing but attention see padding; into how many attentions rows are unpacked.
+
+    Between them the tokens of all rows lie side by side, [tokens, width], so that padding costs no matrix product. The
+    places to pack from and to unpack to come from the mask, once a batch. Call it last: it knows the operators of
+    `freeze_scales`. A model with an attention that is not told lengths stays as it is.
+    """
+    from onnx import helper
+
+    graph = model.graph
+    constants = _Constants(model)
+    attentions = [node for node in graph.node if node.op_type == "Attention"]
+    if not attentions or any(node.domain or len(node.input) < 7 for node in attentions):
+        return 0
+    made_by = {output: node for node in graph.node for output in node.output}
+    source = attentions[0].input[0]
+    while source in made_by and made_by[source].op_type in _TOKENWISE:
+        source = made_by[source].input[0]
+    packing = _Packing(constants, width=_width(attentions[0], constants, made_by))
+    packed = {source: f"{source}_packed"}
+    nodes: list[Any] = []
+    for node in graph.node:
+        if node.op_type == "Attention":
+            for place in range(3):
+                node.input[place] = packing.unpack(packed[node.input[place]], nodes)
+            packed[node.output[0]] = f"{node.output[0]}_packed"
+            nodes.append(node)
+            packing.pack(node.output[0], packed[node.output[0]], nodes)
+            continue
+        is_tokenwise = node.op_type in _TOKENWISE and all(
+            name in packed or name in constants or not name for name in node.input
+        )
+        for place, name in enumerate(node.input):
+            if name in packed:
+                node.input[place] = packed[name] if is_tokenwise else packing.unpack(packed[name], nodes)
+        if is_tokenwise and any(name in packed.values() for name in node.input):
+            for place, name in enumerate(node.output):
+                packed[name] = node.output[place] = f"{name}_packed"
+        nodes.append(node)
+        if source in node.output:
+            packing.pack(source, packed[source], nodes)
+    places = [helper.make_node(kind, inputs, [output]) for kind, inputs, output in packing.places]
+    _replace_nodes(graph, [*places, *nodes])
+    return len(attentions)
+
+
+def _width(attention: Any, constants: "_Constants", made_by: Mapping[str, Any]) -> int:
+    """Of the tokens that go into `attention`: the columns of the matrix that makes its first input."""
+    name = attention.input[0]
+    while not (made_by[name].op_type in _PRODUCTS and made_by[name].input[1] in constants):
+        name = made_by[name].input[0]
+    return int(constants[made_by[name].input[1]].shape[1])
+
+
+class _Packing:
+    """The nodes that pack and unpack."""
+
+    def __init__(self, constants: "_Constants", *, width: int) -> None:
+        flat = constants.add("packing_flat", np.array([-1], dtype=np.int64))
+        first = constants.add("packing_first", np.array(0, dtype=np.int64))
+        one = constants.add("packing_one", np.array(1, dtype=np.int64))
+        self._rows = constants.add("packing_rows", np.array([-1, width], dtype=np.int64))
+        self._unpacked: dict[str, str] = {}
+        self.places = (
+            ("Reshape", [MASK_INPUT, flat], "packing_mask"),
+            ("NonZero", ["packing_mask"], "packing_found"),
+            ("Reshape", ["packing_found", flat], "packing_from"),
+            ("CumSum", ["packing_mask", first], "packing_count"),
+            # Padding reads the token before it, which nothing looks at.
+            ("Sub", ["packing_count", one], "packing_place"),
+            ("Shape", [MASK_INPUT], "packing_shape"),
+            ("Reshape", ["packing_place", "packing_shape"], "packing_to"),
+        )
+        """Operator, inputs and output of what finds the places of tokens, in order."""
+
+    def pack(self, name: str, output: str, nodes: list[Any]) -> None:
+        """`name`, [rows, longest, width], as `output`, [tokens, width]."""
+        from onnx import helper
+
+        nodes.append(helper.make_node("Reshape", [name, self._rows], [f"{name}_rows"]))
+        nodes.append(helper.make_node("Gather", [f"{name}_rows", "packing_from"], [output], axis=0))
+
+    def unpack(self, name: str, nodes: list[Any]) -> str:
+        """The name of `name` as [rows, longest, width]."""
+        from onnx import helper
+
+        if name not in self._unpacked:
+            self._unpacked[name] = f"{name}_unpacked"
+            nodes.append(helper.make_node("Gather", [name, "packing_to"], [self._unpacked[name]], axis=0))
+        return self._unpacked[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from train.calibrate import best_scale, measure_scales
-from train.graph import Scale, freeze_scales, quantised_tensors, split_attention
+from train.graph import Scale, freeze_scales, pack_rows, quantised_tensors, split_attention
 
 HIDDEN, HEADS, LABELS = 16, 2, 3
 IDS = np.array([[3, 4, 5, 6, 7], [8, 9, 2, 0, 0], [1, 0, 0, 0, 0]], dtype=np.int64)
@@ -85,6 +85,29 @@ def test_frozen_scales_cost_little_and_make_texts_independent(fused: onnx.ModelP
     for number, row in enumerate(rows):
         alone = _run(small, np.array([row]), np.ones((1, len(row)), dtype=np.int64))
         np.testing.assert_allclose(alone[0], together[number], atol=1e-6)
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_packed_rows_give_the_same_scores(fused: onnx.ModelProto, tmp_path: Path, is_small: bool) -> None:
+    split_attention(fused)
+    model = fused
+    if is_small:
+        model = _quantised(fused, tmp_path)
+        rows = [row[:length].tolist() for row, length in zip(IDS, LENGTHS, strict=True)]
+        freeze_scales(model, measure_scales(model, quantised_tensors(model), rows))
+    expected = _run(model, IDS, MASK)
+
+    assert pack_rows(model) == 1
+    np.testing.assert_allclose(_run(model, IDS, MASK), expected, atol=1e-6)
+    others = IDS.copy()
+    others[MASK == 0] = 11
+    np.testing.assert_allclose(_run(model, others, MASK), expected, atol=1e-6)
+
+
+def test_rows_are_not_packed_around_attention_that_knows_no_lengths(fused: onnx.ModelProto) -> None:
+    before = fused.SerializeToString()
+    assert pack_rows(fused) == 0
+    assert fused.SerializeToString() == before
 
 
 def test_a_scale_keeps_zero_exact_and_gives_up_a_rare_value() -> None:
