@@ -201,6 +201,15 @@ async def test_an_answer_that_breaks_off_is_replaced(folder: Path) -> None:
                 assert_is_unavailable(await client.post("/predict", content=body))
 
 
+async def test_requests_that_are_alone_go_to_the_same_replica(folder: Path) -> None:
+    async with proxy(folder, answering(b"0"), answering(b"1")) as url, httpx.AsyncClient(base_url=url) as client:
+        alone = {(await client.post("/predict", content=b"x")).content for _ in range(20)}
+        together = await asyncio.gather(*(client.post("/predict", content=b"x") for _ in range(40)))
+
+    assert alone == {b"0"}
+    assert {answer.content for answer in together} == {b"0", b"1"}
+
+
 async def test_large_requests_and_answers_pass_whole(folder: Path) -> None:
     async with proxy(folder, answering(LARGE)) as url, httpx.AsyncClient(base_url=url) as client:
         for body in (LARGE, b"x", LARGE):
