@@ -10,8 +10,8 @@ when the Ray process that started it ends. It also has every request answered wh
   its connection, for the client to try again. A request that is too large to be repeated therefore goes through HAProxy
   twice, the second time as the first of a connection of its own, on which HAProxy does answer.
 - An answer that fits the buffer is waited for whole before the client sees its head.
-- While Serve lists no replica, HAProxy goes on with those it had, for as long as they pass its health checks: Serve takes
-  a replica off the list while it hands it a new `user_config`, which would be an outage where only one is up.
+- While Serve lists no replica, HAProxy goes on with those it had, for as long as they pass its health checks: Serve
+  takes a replica off the list while it hands it a new `user_config`, which would be an outage where only one is up.
 - A request that is alone goes to the same replica each time, whose model is still in the processor's caches.
 - While no replica is up, HAProxy itself stands in for Ray's Python proxy and answers 503: the proxy keeps requests
   waiting, maybe for a replica that is dead.
