@@ -28,6 +28,9 @@ INTERACTIVE_WASTE = 8
 would wait for a whole one, which bulk rows fill."""
 
 _RATE_MEMORY = 0.9
+_LEAD_SHARE, _LEAD_S = 0.2, 0.002
+"""How long before the engine is expected to free the next batch is chosen: a share of the batch, but no less than the
+event loop and its timers need. Expectations are wrong by some of that share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,13 @@ class Limits:
     """Interactive texts that may wait. A larger request is still taken when nothing of its priority waits."""
     max_bulk_texts: int = 20_000
     """Bulk texts that may wait; as above."""
-    max_interactive_s: float = 5.0
+    max_interactive_s: float = 0.75
     """Seconds of work, at the rate measured, behind which an interactive request is not queued."""
     max_bulk_s: float = 30.0
     """As above for a bulk request, for which interactive work counts too."""
     ahead: int = 1
-    """Batches chosen before the engine frees, while at least `ahead_tokens` wait, so that it never idles."""
+    """Batches chosen before the engine frees, while at least `ahead_tokens` wait, so that it never idles. As late as
+    can be, because a text that comes after the choice waits for the whole of that batch."""
     ahead_tokens: int = 96
     """Less than a full batch: narrow batches end soon, and a gap between them costs more than a fuller one saves."""
 
@@ -314,7 +318,11 @@ class TokenBatcher(Generic[Row]):
         self._clock = clock
         self._observe = observe
         self._backlog = Backlog[Row]()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], float] = {}
+        # By the batch that the engine runs, the first of those running: how long each takes, and from when on the one
+        # after it may be chosen.
+        self._ahead_from = 0.0
+        self._ahead_timer: asyncio.TimerHandle | None = None
         self._pump_is_due = False
         self._draining = False
         self._idle = asyncio.Event()
@@ -420,19 +428,41 @@ class TokenBatcher(Generic[Row]):
             if batch:
                 for ticket, _ in batch:
                     ticket.taken_at = ticket.taken_at or now
-                task = asyncio.get_running_loop().create_task(self._execute(batch, now))
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
+                self._start(batch, now)
         if not self._running and not self._backlog.waiting:
             self._idle.set()
 
     def _may_take(self) -> bool:
         if not self._backlog.waiting:
             return False
-        running = len(self._running)
-        return not running or (
-            running <= self._limits.ahead and self._backlog.waiting_tokens >= self._limits.ahead_tokens
-        )
+        if not self._running:
+            return True
+        if len(self._running) > self._limits.ahead or self._backlog.waiting_tokens < self._limits.ahead_tokens:
+            return False
+        early_s = self._ahead_from - self._clock()
+        if early_s > 0 and self._ahead_timer is None:
+            self._ahead_timer = asyncio.get_running_loop().call_later(early_s, self._pump_ahead)
+        return early_s <= 0
+
+    def _pump_ahead(self) -> None:
+        self._ahead_timer = None
+        self._pump()
+
+    def _start(self, batch: Batch[Row], now: float) -> None:
+        tokens = sum(len(ticket.token_ids[index]) for ticket, index in batch)
+        task = asyncio.get_running_loop().create_task(self._execute(batch, now))
+        self._running[task] = tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+        task.add_done_callback(lambda done: self._running.pop(done, None))
+        if len(self._running) == 1:
+            self._expect(now)
+
+    def _expect(self, now: float) -> None:
+        """The engine begins the first of the batches that are running."""
+        if self._ahead_timer is not None:
+            self._ahead_timer.cancel()
+            self._ahead_timer = None
+        seconds = next(iter(self._running.values()), 0.0)
+        self._ahead_from = now + seconds - max(seconds * _LEAD_SHARE, _LEAD_S)
 
     async def _execute(self, batch: Batch[Row], taken_at: float) -> None:
         try:
@@ -443,9 +473,8 @@ class TokenBatcher(Generic[Row]):
                 self._fail(ticket, ShuttingDownError("The replica stopped before the text was classified; try again."))
             raise
         finally:
-            current = asyncio.current_task()
-            if current is not None:
-                self._running.discard(current)
+            self._running.pop(asyncio.current_task(), None)  # type: ignore[arg-type]  # it is in a task
+            self._expect(self._clock())
             self._pump_soon()
 
     async def _run(self, batch: Batch[Row], taken_at: float) -> None:

@@ -283,7 +283,9 @@ async def test_a_batch_is_chosen_ahead_only_under_backlog(ahead: int, ahead_toke
 async def test_a_full_queue_refuses_and_says_for_how_long() -> None:
     engine, clock = Engine(), Clock()
     batcher = TokenBatcher[int](
-        engine.classify, limits=Limits(budget_tokens=4, max_interactive_texts=10, ahead=0), clock=clock
+        engine.classify,
+        limits=Limits(budget_tokens=4, max_interactive_texts=10, max_interactive_s=60.0, ahead=0),
+        clock=clock,
     )
     engine.gate.clear()
     first = asyncio.create_task(batcher.submit([[1]] * 4))
@@ -316,6 +318,25 @@ async def rated(engine: Engine, clock: Clock, **limits: float) -> TokenBatcher[i
     await first
     engine.gate.clear()
     return batcher
+
+
+async def test_a_batch_is_chosen_ahead_only_when_the_one_before_is_nearly_done() -> None:
+    engine, clock = Engine(), Clock()
+    batcher = await rated(engine, clock, ahead=1, ahead_tokens=1, max_interactive_s=60.0)
+    tasks = [asyncio.create_task(batcher.submit([[1]] * 4))]  # 2 s of work
+    await until(lambda: len(engine.batches) == 2)
+    tasks.append(asyncio.create_task(batcher.submit([[1]] * 4, priority="bulk")))
+    await until(lambda: batcher.waiting == 4)
+    for _ in range(3):  # turns of the event loop, in which it could be chosen
+        await asyncio.sleep(0)
+    assert len(engine.batches) == 2
+
+    clock.now += 1.7
+    tasks.append(asyncio.create_task(batcher.submit([[2]])))
+    await until(lambda: len(engine.batches) == 3)
+    engine.gate.set()
+    await asyncio.gather(*tasks)
+    assert [2] in engine.batches[2]  # it came while the batch could still be chosen otherwise
 
 
 @pytest.mark.parametrize(
