@@ -6,7 +6,7 @@ CPU_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm"
 """Instruction sets that decide how fast int8 is, in the kernel's names, the best of each family first."""
 
 _FAST_INT8 = frozenset({"amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp"})
-"""Each multiplies int8 and adds to int32 in one instruction, without overflow on the way."""
+"""Each multiplies int8 and adds to int32 in one instruction."""
 
 _CPU_FILE = Path("/proc/cpuinfo")
 _GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -25,7 +25,7 @@ def read_cpu_features(file: Path = _CPU_FILE) -> frozenset[str] | None:
 
 
 def has_fast_int8(features: frozenset[str] | None) -> bool | None:
-    """Whether int8 models run at full speed, and without sums that saturate; None if that is not known."""
+    """Whether int8 models run at full speed; None if that is not known."""
     return None if features is None else bool(features & _FAST_INT8)
 
 

@@ -125,8 +125,9 @@ def _common_limits(bundle: Bundle) -> list[str]:
     limits = [f"Only the first {bundle.max_length} tokens of a text are read."]
     if bundle.precision == "int8":
         limits.append(
-            "The int8 weights use their full range: on x86 processors without VNNI (before 2019 or so) sums can "
-            "saturate. The golden texts are checked at every load and show it; use an fp32 bundle there."
+            "The int8 weights use their full range: on x86 processors without VNNI (before 2019 or so), programs that "
+            "run the file with ONNX Runtime's default options get sums that saturate. Set `session.x64quantprecision` "
+            "to 1 there, as Overtone does."
         )
     return limits
 

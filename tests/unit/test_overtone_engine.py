@@ -9,7 +9,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from overtone.bundle import Bundle, BundleSpec, Golden, load_bundle, write_bundle
 from overtone.engine import (
@@ -49,6 +49,34 @@ def test_threads_may_share_an_engine(tiny_bundle: Bundle) -> None:
     with ThreadPoolExecutor(4) as pool:
         for scores in pool.map(engine.classify, [TEXTS] * 50):
             np.testing.assert_array_equal(scores, expected)
+
+
+def test_sums_of_int8_products_do_not_saturate(tiny_bundle: Bundle, bundle_spec: BundleSpec) -> None:
+    # 32 x 255 x 127 is far over 16 bits, at which x86 without VNNI would hold sums of pairs.
+    quantised = np.array([[127, -127, 63]] * 32, dtype=np.int8)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+            helper.make_node("ReduceMax", ["rows"], ["whole"], axes=[1], keepdims=0),
+            helper.make_node(
+                "MatMulIntegerToFloat", ["whole", "weight", "scale", "scale"], ["logits"], domain="com.microsoft"
+            ),
+        ],
+        "int8",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", "l"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3])],
+        [
+            numpy_helper.from_array(np.full((16, 32), 255, dtype=np.uint8), "table"),
+            numpy_helper.from_array(quantised, "weight"),
+            numpy_helper.from_array(np.array(1e-3, dtype=np.float32), "scale"),
+        ],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=domains, ir_version=9), tiny_bundle.model_path)
+    logits = 255 * quantised[:1].astype(np.float64) * 32 * 1e-6 / bundle_spec.temperature
+    expected = np.exp(logits) / np.exp(logits).sum()
+    engine = OnnxEngine(write_bundle(tiny_bundle.path, spec=bundle_spec))
+    np.testing.assert_allclose(engine.classify([[1, 2]]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("token_ids", [[[1, 99, 2]], [[1, -50, 2], [1, 2]]])
