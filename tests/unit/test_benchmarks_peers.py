@@ -3,7 +3,10 @@
 import compileall
 import json
 import re
+import subprocess
+import sys
 from dataclasses import asdict
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -31,8 +34,21 @@ def test_what_a_peer_needs_is_pinned(peer: Peer) -> None:
     locked = (peer.folder / LOCK).read_text().split()
     assert wanted
     assert [line for line in wanted + locked if not _PIN.fullmatch(line)] == []
-    plain = {re.sub(r"\[.*\]", "", line).lower().replace("_", "-") for line in wanted}
-    assert plain <= {line.lower().replace("_", "-") for line in locked}
+    assert {re.sub(r"\[.*\]", "", _plain(line)) for line in wanted} <= {_plain(line) for line in locked}
+
+
+@pytest.mark.parametrize("module", ["benchmarks.peers.model", "benchmarks.peers.hub"])
+def test_what_peers_share_imports_in_their_environments(module: str) -> None:
+    users = [peer for peer in PEERS if module in (peer.folder / "server.py").read_text()]
+    assert users
+    locks = [{_plain(line.split("==")[0]) for line in (peer.folder / LOCK).read_text().split()} for peer in users]
+    has = set.intersection(*locks)
+    lacking = [
+        name for name, of in packages_distributions().items() if "overtone" not in of and not has & {*map(_plain, of)}
+    ]
+    # None makes an import fail as if the package were not installed.
+    command = f"import sys; sys.modules.update(dict.fromkeys({lacking!r})); import {module}"
+    subprocess.run([sys.executable, "-c", command], check=True)
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=NAMES)
@@ -120,3 +136,7 @@ def test_the_table_replaces_what_is_between_the_markers_only() -> None:
     assert with_table(text, "new") == f"before\n{START}\nnew\n{END}\nafter\n"
     with pytest.raises(ValueError, match="benchmarks: start"):
         with_table("no markers", "new")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
