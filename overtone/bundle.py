@@ -2,7 +2,8 @@
 
     model.onnx       logits [n, labels] from padded token ids
     tokenizer.json   fast tokenizer, without padding or truncation of its own
-    bundle.json      labels, limits, temperature, golden texts, metrics and the sha256 of the two files above
+    bundle.json      labels, limits, temperature, golden texts, metrics and the sha256 of the other files
+    torch/           the model as plain tensors, where it was exported with them (see `overtone.torch_form`)
 
 A bundle either loads whole, with every hash and number checked, or not at all. This module reads and writes bundles and
 turns texts into token ids and logits into predictions; it runs no model (see `overtone.engine`).
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from overtone.errors import BundleError
 from overtone.schema import Prediction
 from overtone.text import TEXT_VERSION, depends_on_neighbours, normalise, storable
+from overtone.torch_form import TORCH_CONFIG_FILE, TORCH_FILES, TORCH_WEIGHTS_FILE, TorchForm, read_torch_form
 from overtone.words import WordEncoder, frame_of
 
 FORMAT = 1
@@ -49,7 +51,7 @@ class Golden:
 
 @dataclass(frozen=True, slots=True)
 class BundleSpec:
-    """What a new bundle is made from, beside its two files."""
+    """What a new bundle is made from, beside its files."""
 
     name: str
     labels: tuple[str, ...]
@@ -82,6 +84,28 @@ class Bundle:
     created_at: datetime
     license: str
     sha256: Mapping[str, str]
+    torch: TorchForm | None = None
+    """None without the files of `TORCH_FILES`."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of the bundle, as paths below its folder."""
+        return (*_hashed_files(self.sha256), MANIFEST_FILE)
+
+    @property
+    def spec(self) -> BundleSpec:
+        """What it was made from."""
+        return BundleSpec(
+            name=self.name,
+            labels=self.labels,
+            max_length=self.max_length,
+            temperature=self.temperature,
+            precision=self.precision,
+            golden=self.golden,
+            metrics=self.metrics,
+            base_model=self.base_model,
+            license=self.license,
+        )
 
     @property
     def model_path(self) -> Path:
@@ -92,6 +116,11 @@ class Bundle:
     def tokenizer_path(self) -> Path:
         """The tokenizer file."""
         return self.path / TOKENIZER_FILE
+
+    @property
+    def torch_weights_path(self) -> Path:
+        """The file of tensors; there only if `torch` is."""
+        return self.path / TORCH_WEIGHTS_FILE
 
 
 class _GoldenEntry(BaseModel):
@@ -131,27 +160,29 @@ def load_bundle(path: Path | None = None) -> Bundle:
     folder = (path or DEFAULT_BUNDLE).absolute()
     if not folder.is_dir():
         raise BundleError(f"{folder}: there is no such folder; a bundle is a folder with {MANIFEST_FILE} in it")
-    for name in (MANIFEST_FILE, *_HASHED_FILES):
-        if not (folder / name).is_file():
-            raise BundleError(f"{folder / name}: the file is missing")
+    _require_files(folder, (MANIFEST_FILE, *_HASHED_FILES))
     manifest = _read_manifest(folder / MANIFEST_FILE)
     _check_manifest(folder / MANIFEST_FILE, manifest)
-    for name in _HASHED_FILES:
+    names = _hashed_files(manifest.sha256)
+    _require_files(folder, names)
+    for name in names:
         if _sha256(folder / name) != manifest.sha256[name]:
             raise BundleError(f"{folder / name}: its sha256 is not the one in {MANIFEST_FILE}; copy the bundle again")
     return _opened(folder, manifest)
 
 
 def write_bundle(folder: Path, *, spec: BundleSpec) -> Bundle:
-    """Write `bundle.json` for the model and tokenizer that are in `folder` already, and open the bundle.
+    """Write `bundle.json` for the model, the tokenizer and, if any, the torch form that are in `folder` already.
+
+    Opens the bundle.
 
     Raises:
         BundleError: a file is missing or `spec` does not describe a bundle that would load.
     """
-    for name in _HASHED_FILES:
-        if not (folder / name).is_file():
-            raise BundleError(f"{folder / name}: the file is missing")
-    sha256 = {name: _sha256(folder / name) for name in _HASHED_FILES}
+    has_torch = any((folder / name).is_file() for name in TORCH_FILES)
+    names = (*_HASHED_FILES, *TORCH_FILES) if has_torch else _HASHED_FILES
+    _require_files(folder, names)
+    sha256 = {name: _sha256(folder / name) for name in names}
     content = {
         "format": FORMAT,
         "name": spec.name,
@@ -262,6 +293,17 @@ def to_prediction(bundle: Bundle, row: NDArray[np.float32]) -> Prediction:
     )
 
 
+def _require_files(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder / name}: the file is missing")
+
+
+def _hashed_files(sha256: Mapping[str, str]) -> tuple[str, ...]:
+    """The files of a bundle that `sha256` has an entry for, but for the manifest."""
+    return tuple(name for name in (*_HASHED_FILES, *TORCH_FILES) if name in sha256)
+
+
 def _read_manifest(path: Path) -> _Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -300,7 +342,8 @@ def _check_manifest(path: Path, manifest: _Manifest) -> None:
             )
         if abs(sum(golden.scores) - 1) > 1e-2:
             raise BundleError(f"{path}: golden.{number}.scores add up to {sum(golden.scores):.4f}, not 1")
-    for name in _HASHED_FILES:
+    has_torch = any(name in manifest.sha256 for name in TORCH_FILES)
+    for name in (*_HASHED_FILES, *TORCH_FILES) if has_torch else _HASHED_FILES:
         if name not in manifest.sha256:
             raise BundleError(f"{path}: sha256 has no entry for {name}")
     expected = _version(manifest.model_dump())
@@ -311,7 +354,7 @@ def _check_manifest(path: Path, manifest: _Manifest) -> None:
 def _version(content: Mapping[str, Any]) -> str:
     """The name and a digest of everything in `content` that changes predictions."""
     relevant = {
-        "sha256": {name: content["sha256"][name] for name in _HASHED_FILES},
+        "sha256": {name: content["sha256"][name] for name in _hashed_files(content["sha256"])},
         "labels": list(content["labels"]),
         "max_length": content["max_length"],
         "text_version": content["text_version"],
@@ -327,6 +370,10 @@ def _sha256(path: Path) -> str:
 
 
 def _opened(folder: Path, manifest: _Manifest) -> Bundle:
+    torch = None
+    if TORCH_CONFIG_FILE in manifest.sha256:
+        texts, labels = len(manifest.golden), len(manifest.labels)
+        torch = read_torch_form(folder / TORCH_CONFIG_FILE, texts=texts, labels=labels)
     return Bundle(
         path=folder,
         name=manifest.name,
@@ -342,4 +389,5 @@ def _opened(folder: Path, manifest: _Manifest) -> Bundle:
         created_at=manifest.created_at,
         license=manifest.license,
         sha256=manifest.sha256,
+        torch=torch,
     )

@@ -19,9 +19,10 @@ from overtone.hardware import has_fast_int8, has_nvidia_driver, read_cpu_feature
 from overtone.logging import get_logger
 from overtone.sessions import CPU, CUDA, TENSORRT, Device, Runner, open_runner, tensorrt_for
 from overtone.settings import WantedEngine
+from overtone.torch_engine import NO_FORM, TorchEngine, require_installed
 
 Probabilities = NDArray[np.float32]
-EngineName = Literal["onnx-cpu", "onnx-cuda", "onnx-tensorrt"]
+EngineName = Literal["onnx-cpu", "onnx-cuda", "onnx-tensorrt", "torch"]
 
 
 class Engine(Protocol):
@@ -32,7 +33,7 @@ class Engine(Protocol):
     def classify(self, token_ids: list[list[int]]) -> Probabilities:
         """Calibrated probabilities, float32 [n, labels], of `n` >= 1 texts given as token ids, in their order.
 
-        All texts are run at once, padded to the longest. Blocks; does not hold the GIL while the model runs.
+        All texts are run at once. Blocks; does not hold the GIL while the model runs.
 
         Raises:
             EngineError: the model failed, on at least one of the texts.
@@ -121,13 +122,20 @@ class Choice:
     reason: str
 
 
-def choose_engine(wanted: WantedEngine, providers: Collection[str], precision: Precision) -> Choice:
+def choose_engine(
+    wanted: WantedEngine, providers: Collection[str], precision: Precision, *, has_torch_form: bool = False
+) -> Choice:
     """The engine for a bundle of `precision` where ONNX Runtime can use `providers`.
 
     Raises:
-        BundleError: `wanted` cannot run a bundle of that precision.
-        ConfigurationError: `wanted` needs a provider that is not there.
+        BundleError: `wanted` cannot run a bundle of that precision, or without a torch form.
+        ConfigurationError: `wanted` needs a provider or a package that is not there.
     """
+    if wanted == "torch":
+        require_installed()
+        if not has_torch_form:
+            raise BundleError(NO_FORM)
+        return Choice("torch", "ENGINE asks for it")
     has_cuda = CUDA.provider in providers
     if wanted == "onnx-cpu":
         return Choice("onnx-cpu", "ENGINE asks for it")
@@ -181,7 +189,10 @@ def open_engine(
         BundleError: the model cannot be loaded, or the device that `wanted` names cannot run it.
         ConfigurationError: this machine has not what `wanted` needs.
     """
-    choice = choose_engine(wanted, usable_providers() if providers is None else providers, bundle.precision)
+    found = usable_providers() if providers is None else providers
+    choice = choose_engine(wanted, found, bundle.precision, has_torch_form=bundle.torch is not None)
+    if choice.name == "torch":
+        return TorchEngine(bundle, threads)
     if choice.name == "onnx-cpu" and is_slow(bundle.precision, read_cpu_features()):
         get_logger().warning("engine.int8_is_slow", reason="the processor has no VNNI, AMX or dot product")
     try:
@@ -233,19 +244,21 @@ def plan_batches(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
 
 
 def check_golden(bundle: Bundle, engine: Engine, tolerance: float = 0.02) -> None:
-    """Classify the golden texts of `bundle` and compare.
+    """Classify the golden texts of `bundle` and compare with what this form of the model must give them.
 
     Raises:
         BundleError: a score is further than `tolerance` from the one written down when the bundle was made.
     """
     encoded = TextEncoder(bundle).encode([golden.text for golden in bundle.golden])
     scores = classify_sorted(engine, encoded)
-    expected = np.array([golden.scores for golden in bundle.golden], dtype=np.float32)
+    on_torch = bundle.torch if isinstance(engine, TorchEngine) else None
+    golden = on_torch.golden if on_torch else tuple(golden.scores for golden in bundle.golden)
+    expected = np.array(golden, dtype=np.float32)
     distance = np.abs(scores - expected).max(axis=1)
     worst = int(distance.argmax())
     if not distance[worst] <= tolerance:
         raise BundleError(
-            f"{bundle.path}: golden text {worst} is scored {distance[worst]:.4f} away from what bundle.json says "
+            f"{bundle.path}: golden text {worst} is scored {distance[worst]:.4f} away from what the bundle says "
             f"(at most {tolerance} is allowed); this processor or runtime does not run the model as it was measured"
         )
 

@@ -2,11 +2,24 @@
 
 from pathlib import Path
 
-CPU_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp")
-"""Instruction sets that decide how fast int8 is, in the kernel's names, the best of each family first."""
+CPU_FEATURES = (
+    "amx_int8",
+    "amx_bf16",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "avx512f",
+    "avx2",
+    "i8mm",
+    "asimddp",
+)
+"""Instruction sets that decide how fast int8 and bf16 are, in the kernel's names, the best of each family first."""
 
 _FAST_INT8 = frozenset({"amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp"})
 """Each multiplies int8 and adds to int32 in one instruction."""
+
+_FAST_BF16 = frozenset({"amx_bf16", "avx512_bf16"})
+"""Each multiplies bf16 and adds to float32 in one instruction."""
 
 _CPU_FILE = Path("/proc/cpuinfo")
 _GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -27,6 +40,11 @@ def read_cpu_features(file: Path = _CPU_FILE) -> frozenset[str] | None:
 def has_fast_int8(features: frozenset[str] | None) -> bool | None:
     """Whether int8 models run at full speed; None if that is not known."""
     return None if features is None else bool(features & _FAST_INT8)
+
+
+def has_fast_bf16(features: frozenset[str] | None) -> bool:
+    """Whether bf16 is known to run faster than float32."""
+    return bool(features and features & _FAST_BF16)
 
 
 def has_nvidia_driver() -> bool:

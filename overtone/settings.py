@@ -52,7 +52,7 @@ Algorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "HS256", "HS384", "HS512"
 ]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
-WantedEngine = Literal["auto", "onnx-cpu", "onnx-cuda", "onnx-tensorrt"]
+WantedEngine = Literal["auto", "onnx-cpu", "onnx-cuda", "onnx-tensorrt", "torch"]
 
 
 class Settings(BaseSettings):
@@ -244,8 +244,9 @@ class Settings(BaseSettings):
     )
     engine: WantedEngine = Field(
         "auto",
-        description="What runs the model: auto, onnx-cpu, onnx-cuda or onnx-tensorrt. auto: CUDA where there is a "
-        "device and the bundle is not int8, else the CPU; never TensorRT, which builds for minutes at the first load.",
+        description="What runs the model: auto, onnx-cpu, onnx-cuda, onnx-tensorrt or torch. auto: CUDA where there is "
+        "a device and the bundle is not int8, else the CPU; never TensorRT, which builds for minutes at the first load, "
+        "and never torch, which needs the extra `torch` and a bundle exported with torch weights.",
     )
     serve_replicas: int | None = Field(
         None, ge=1, le=1024, description="Serving replicas, one thread each. 1 to 1024. Default: one a core, at most 8."

@@ -135,12 +135,15 @@ class ExportConfig(Section):
     """int8 is for CPUs, fp16 for GPUs; a CPU runs fp16 too, by way of fp32."""
     operators: Literal["fused", "standard"] = "fused"
     """`standard` keeps to operators of the ONNX standard, which a runtime that has no others needs."""
+    torch: bool = False
+    """Whether the bundle holds the model as torch weights too, which ENGINE=torch runs; four bytes a parameter."""
     max_int8_loss: float = Field(0.005, ge=0, le=1)
     """Macro-averaged recall the int8 model may lose against fp32 before the export fails."""
     max_fp16_difference: float = Field(0.01, gt=0, le=1)
     """Largest difference allowed between a score of the fp16 model and of the fp32 model."""
     max_parity_difference: float = Field(1e-3, gt=0)
-    """Largest difference allowed between a log probability of the torch model and of its fp32 ONNX export."""
+    """Largest difference allowed between a log probability of the torch model and of its fp32 ONNX export, and between
+    one of that and of the bundle's torch weights."""
     prior_offset: float = Field(0.0, ge=-2, le=2)
     """Times the log class prior that is taken off the logits for good: moves scores towards rare labels, without
     training again."""

@@ -29,16 +29,21 @@ from overtone.bundle import (
 from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.errors import BundleError, OvertoneError
 from overtone.logging import get_logger
+from overtone.torch_engine import Target, TorchEngine
+from overtone.torch_form import TORCH_FOLDER
 from train.calibrate import TEXTS, measure_scales
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, log_prior, pad
 from train.encoder import encoder_of, open_trained
 from train.graph import freeze_scales, pack_rows, quantised_tensors, split_attention
 from train.scores import Scores, fit_temperature, score, softmax
+from train.torch_form import torch_form_of, write_torch_form
 
 CARD_FILE = "README.md"
 _FUSES_AS_BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 _PARITY_TEXTS = 64
+_TORCH_FP32 = Target("cpu", "fp32", varlen=False, reason="what is compared with the ONNX model")
+_TORCH_BF16 = Target("cpu", "bf16", varlen=False, reason="what processors and devices that have it run")
 _QUANTISED = ["MatMul", "Attention", "Gather", "EmbedLayerNormalization"]
 
 
@@ -61,7 +66,8 @@ def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split
 
     Raises:
         OvertoneError: the ONNX model does not give what the torch model gives, its attention was not fused, int8
-            costs more than `export.max_int8_loss`, or fp16 changes scores by more than `export.max_fp16_difference`.
+            costs more than `export.max_int8_loss`, fp16 changes scores by more than `export.max_fp16_difference`, or
+            the torch form does not give what the ONNX model gives.
     """
     log = get_logger()
     validation = split.validation
@@ -90,13 +96,17 @@ def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split
             chosen = _candidate(Path(scratch) / "fp16", small, tokenizer, config, precision="fp16")
             logits = log_scores(chosen, validation.texts)
             _require_same(logits, reference_logits, config)
-        exported = _finish(chosen, logits, reference_logits, config, validation, {**facts, "parity": difference})
+        measured: dict[str, Any] = {**facts, "parity": difference}
+        if config.export.torch:
+            measured["torch"] = _add_torch_form(chosen, model, reference_logits, validation, config)
+        exported = _finish(chosen, logits, reference_logits, config, validation, measured)
         return replace(exported, bundle=_publish(exported.bundle, output))
 
 
-def log_scores(bundle: Bundle, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Log probabilities, shape [texts, labels], of the bundle's own engine."""
-    engine = open_engine(bundle, threads=os.cpu_count() or 1)
+def log_scores(bundle: Bundle, texts: Sequence[str], on_torch: Target | None = None) -> NDArray[np.float32]:
+    """Log probabilities, shape [texts, labels], of the bundle's own engine, or of its torch form."""
+    threads = os.cpu_count() or 1
+    engine = TorchEngine(bundle, threads, on_torch) if on_torch else open_engine(bundle, threads)
     try:
         scores = classify_sorted(engine, TextEncoder(bundle).encode(texts))
     finally:
@@ -255,6 +265,39 @@ def _parity(model: Any, tokenizer: Any, reference: Bundle, config: TrainConfig, 
     return difference
 
 
+def _add_torch_form(
+    bundle: Bundle, model: Any, reference: NDArray[np.float32], validation: LabelledTexts, config: TrainConfig
+) -> dict[str, float]:
+    """Write the torch form of `model` into `bundle`, calibrated and checked, and say what was measured of it.
+
+    `reference` is the log probabilities of the fp32 ONNX model for the `validation` texts.
+    """
+    even = tuple(golden.scores for golden in bundle.golden)
+    form, weights = torch_form_of(model, even)
+    write_torch_form(bundle.path, form, weights)
+    raw = write_bundle(bundle.path, spec=bundle.spec)
+    logits = log_scores(raw, validation.texts, _TORCH_FP32)
+    difference = float(np.abs(logits - reference).max())
+    if not difference <= config.export.max_parity_difference:
+        raise OvertoneError(
+            f"a log probability of the torch weights is {difference:.2g} away from the ONNX model's; "
+            f"export.max_parity_difference allows {config.export.max_parity_difference:.2g}; set export.torch=false"
+        )
+    temperature = round(fit_temperature(logits, validation.labels), 4)
+    golden = probabilities(log_scores(raw, config.export.golden, _TORCH_FP32), temperature)
+    scores = tuple(tuple(round(float(one), 6) for one in row) for row in golden)
+    write_torch_form(bundle.path, form.model_copy(update={"temperature": temperature, "golden": scores}))
+    finished = write_bundle(bundle.path, spec=bundle.spec)
+    for target in (_TORCH_FP32, _TORCH_BF16):
+        engine = TorchEngine(finished, os.cpu_count() or 1, target)
+        try:
+            check_golden(finished, engine)
+        finally:
+            engine.close()
+    ece = score(probabilities(logits, temperature), validation.labels, config.data.labels).ece
+    return {"parity": difference, "temperature": temperature, "ece": ece}
+
+
 def _require_small_loss(
     logits: NDArray[np.float32], reference: NDArray[np.float32], validation: LabelledTexts, config: TrainConfig
 ) -> None:
@@ -301,17 +344,7 @@ def _finish(
         "ece_before_calibration": raw.ece,
         **facts,
     }
-    spec = BundleSpec(
-        name=candidate.name,
-        labels=candidate.labels,
-        max_length=candidate.max_length,
-        temperature=temperature,
-        precision=candidate.precision,
-        golden=candidate.golden,
-        metrics=metrics,
-        base_model=candidate.base_model,
-        license=candidate.license,
-    )
+    spec = replace(candidate.spec, temperature=temperature, metrics=metrics)
     calibrated = write_bundle(candidate.path, spec=spec)
     bundle = write_bundle(candidate.path, spec=replace(spec, golden=_golden(calibrated, config.export.golden)))
     engine = open_engine(bundle)
@@ -330,12 +363,14 @@ def _golden(bundle: Bundle, texts: Sequence[str]) -> tuple[Golden, ...]:
 
 
 def _publish(bundle: Bundle, output: Path) -> Bundle:
-    output.mkdir(parents=True, exist_ok=True)
-    files = (MODEL_FILE, TOKENIZER_FILE, MANIFEST_FILE)
-    for name in files:
-        shutil.copyfile(bundle.path / name, output / f".{name}.new")
-    for name in files:
-        os.replace(output / f".{name}.new", output / name)
+    fresh = {name: (output / name).with_name(f".{Path(name).name}.new") for name in bundle.files}
+    for name, path in fresh.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / name, path)
+    for name, path in fresh.items():
+        os.replace(path, output / name)
+    if bundle.torch is None:
+        shutil.rmtree(output / TORCH_FOLDER, ignore_errors=True)
     return load_bundle(output)
 
 

@@ -28,6 +28,7 @@ from overtone.engine import choose_engine, classify_sorted, is_slow, open_engine
 from overtone.errors import EnvironmentProblemError, OvertoneError
 from overtone.hardware import CPU_FEATURES, read_cpu_features
 from overtone.settings import Settings, load_settings
+from overtone.torch_engine import Target, is_installed, usable_target
 from serve.environment import find_haproxy, is_loopback, runtime_folder
 
 Level = Literal["ok", "warning", "problem"]
@@ -222,12 +223,30 @@ def _engine(settings: Settings) -> Iterator[Finding]:
     bundle = _readable_bundle(settings)
     if bundle is None:
         return
-    choice = choose_engine(settings.engine, usable_providers(), bundle.precision)
+    has_torch_form = bundle.torch is not None
+    choice = choose_engine(settings.engine, usable_providers(), bundle.precision, has_torch_form=has_torch_form)
     yield Finding("engine", "ok", f"{choice.name}: {choice.reason}")
     if choice.name == "onnx-tensorrt":
         yield built_finding(settings.tensorrt_folder, bundle)
     if choice.name == "onnx-cpu":
         yield processor_finding(bundle, read_cpu_features())
+    yield torch_finding(usable_target()) if choice.name == "torch" else other_finding(bundle)
+
+
+def torch_finding(target: Target) -> Finding:
+    """How torch runs a bundle for `target`."""
+    found = f"{_version_of('torch')}, {target.precision} on {target.device}: {target.reason}"
+    return Finding("torch", "ok", found)
+
+
+def other_finding(bundle: Bundle) -> Finding:
+    """Why torch does not run `bundle`, and whether it could."""
+    why = "not asked for; auto never chooses it, as what a replica runs would depend on the packages it has"
+    if bundle.torch is None:
+        return Finding("torch", "ok", f"{why}. This bundle has no torch weights (export.torch: true adds them)")
+    if not is_installed():
+        return Finding("torch", "ok", f"{why}. This bundle has torch weights, but torch is not installed")
+    return Finding("torch", "ok", f"{why}. ENGINE=torch would run this bundle")
 
 
 def built_finding(folder: Path, bundle: Bundle) -> Finding:
