@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.bare_engine import BareEngine, Job
 from benchmarks.compare import Comparison
 from benchmarks.load import Target
-from benchmarks.measure import Effort, Say, measure_baseline, measure_engine, measure_server
+from benchmarks.measure import Effort, Say, measure_baseline, measure_engine, measure_server, measure_torch
 from benchmarks.peers.catalogue import NAMES, PEERS
 from benchmarks.report import publish
 from benchmarks.results import RESULTS, Result, busy_share, write
@@ -38,7 +38,7 @@ TEXTS = 4096
 SERVER_PARTS = ("server", "open", "mixed", "overload")
 USUAL_PARTS = ("engine", "server", "mixed", "overload")
 FULL_PARTS = ("engine", *SERVER_PARTS, "peers")
-PARTS = (*FULL_PARTS, *(f"peers.{name}" for name in NAMES))
+PARTS = (*FULL_PARTS, "torch", *(f"peers.{name}" for name in NAMES))
 
 AIMS = {
     "engine.ratio_to_sorted_int8": "at least 1.15",
@@ -77,6 +77,8 @@ class _Run:
         if "engine" in parts:
             with BareEngine(Job(self.settings.bundle, self.texts)) as engine:
                 self._engine(engine)
+        if "torch" in parts:
+            self.results |= measure_torch(self.bundle, self.texts, self.effort, self.say)
         if parts & set(SERVER_PARTS):
             with self.server() as target:
                 self._server(target, parts)

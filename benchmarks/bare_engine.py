@@ -17,7 +17,8 @@ from typing import Any, Self
 import numpy as np
 
 from overtone.bundle import TextEncoder, load_bundle
-from overtone.engine import BUDGET_TOKENS, open_engine, pad, plan_batches
+from overtone.engine import BUDGET_TOKENS, Engine, open_engine, pad, plan_batches
+from overtone.torch_engine import TorchEngine
 
 PLAIN_BATCH = 32
 
@@ -71,6 +72,12 @@ class BareEngine:
             pipe.send(("sorted", (seconds, budget_tokens)))
         return float(sum(pipe.recv() for pipe in self._pipes))
 
+    def torch_texts_per_s(self, seconds: float, bundle: Path, budget_tokens: int = BUDGET_TOKENS) -> float:
+        """As `texts_per_s`, by the engine on torch with the torch form of the bundle at `bundle`."""
+        for pipe in self._pipes:
+            pipe.send(("torch", (seconds, bundle, budget_tokens)))
+        return float(sum(pipe.recv() for pipe in self._pipes))
+
     def wide_texts_per_s(self, seconds: float, budget_tokens: int = BUDGET_TOKENS) -> float:
         """Of one session with a thread a core, instead of one session a core."""
         return float(self._ask_first("wide", (seconds, budget_tokens, self.workers)))
@@ -99,12 +106,17 @@ class _Worker:
         self._bundle = load_bundle(job.bundle)
         self._token_ids = TextEncoder(self._bundle).encode(job.texts)
         self._engine = open_engine(self._bundle)
+        self._torch: Engine | None = None
         self._wide: Any = None
         self._plain: Any = None
         self._baseline: Any = None
 
     def sorted(self, seconds: float, budget_tokens: int) -> float:
         return self._rate(self._engine.classify, self._sorted_batches(budget_tokens), seconds)
+
+    def torch(self, seconds: float, bundle: Path, budget_tokens: int) -> float:
+        self._torch = self._torch or TorchEngine(load_bundle(bundle))
+        return self._rate(self._torch.classify, self._sorted_batches(budget_tokens), seconds)
 
     def wide(self, seconds: float, budget_tokens: int, threads: int) -> float:
         if self._wide is None:

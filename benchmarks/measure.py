@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bare_engine import PLAIN_BATCH, BareEngine
+from benchmarks.bare_engine import PLAIN_BATCH, BareEngine, Job
 from benchmarks.load import Load, Outcome, Target, batch_bodies, single_bodies
 from benchmarks.plain_model import plain_model
 from benchmarks.results import Result, middle, ratio
+from benchmarks.torch_bundle import torch_bundle
 from overtone.bundle import Bundle
 from overtone.engine import BUDGET_TOKENS
+from overtone.torch_engine import usable_target
 
 BUDGETS = (128, 256, 384, 512, 1024)
 BATCH_TEXTS = 256
@@ -78,6 +80,32 @@ def measure_baseline(engine: BareEngine, bundle: Bundle, effort: Effort, say: Sa
     means = f"default session options, {engine.workers} threads, batches of {PLAIN_BATCH} sorted by length"
     detail = {"ours_texts_per_s": ours, "baseline_texts_per_s": theirs}
     return {"engine.ratio_to_sorted_int8": ratio(ours, theirs, baseline=means, **detail)}
+
+
+def measure_torch(bundle: Bundle, texts: list[str], effort: Effort, say: Say) -> dict[str, Result]:
+    """The engine on torch against the usual one with the same texts: with the bundle as it is, and in fp32.
+
+    Raises:
+        BundleError: the bundle has no torch form, and none can be made of its model.
+        ConfigurationError: torch is not installed.
+    """
+    say("making the bundle for torch")
+    on_torch = torch_bundle(bundle)
+    results = {}
+    for precision, path in {bundle.precision: bundle.path, on_torch.precision: on_torch.path}.items():
+        ours: list[float] = []
+        theirs: list[float] = []
+        with BareEngine(Job(path, texts)) as engine:
+            engine.texts_per_s(effort.warm_up_s)
+            engine.torch_texts_per_s(effort.warm_up_s, on_torch.path)
+            for number in range(effort.rounds):
+                say(f"torch and {precision} ONNX, round {number + 1} of {effort.rounds}")
+                ours.append(engine.torch_texts_per_s(effort.seconds, on_torch.path))
+                theirs.append(engine.texts_per_s(effort.seconds))
+            detail = {"processes": engine.workers, "threads_each": 1, "budget_tokens": BUDGET_TOKENS}
+        detail |= {"torch_texts_per_s": ours, "onnx_texts_per_s": theirs, "torch": asdict(usable_target())}
+        results[f"engine.torch.ratio_to_{precision}"] = ratio(ours, theirs, **detail)
+    return results
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from overtone.bundle import MODEL_FILE, Bundle
 from overtone.errors import BundleError
 
-_CACHE = Path(tempfile.gettempdir()) / f"overtone-plain-{os.getuid()}"
+CACHE = Path(tempfile.gettempdir()) / f"overtone-plain-{os.getuid()}"
 _LAYER = (
     "attention.self.query",
     "attention.self.key",
@@ -43,10 +43,10 @@ def plain_model(bundle: Bundle) -> Path:
     Raises:
         BundleError: the model of the bundle is of another architecture.
     """
-    _CACHE.mkdir(mode=0o700, exist_ok=True)
-    target = _CACHE / f"{bundle.sha256[MODEL_FILE]}.onnx"
+    CACHE.mkdir(mode=0o700, exist_ok=True)
+    target = CACHE / f"{bundle.sha256[MODEL_FILE]}.onnx"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=_CACHE) as scratch:
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             full, small = Path(scratch) / "full.onnx", Path(scratch) / "small.onnx"
             _export(rebuild(bundle), full)
             _quantise(full, small)

@@ -245,8 +245,8 @@ class Settings(BaseSettings):
     engine: WantedEngine = Field(
         "auto",
         description="What runs the model: auto, onnx-cpu, onnx-cuda, onnx-tensorrt or torch. auto: CUDA where there is "
-        "a device and the bundle is not int8, else the CPU; never TensorRT, which builds for minutes at the first load, "
-        "and never torch, which needs the extra `torch` and a bundle exported with torch weights.",
+        "a device and the bundle is not int8, else the CPU; not TensorRT, which builds for minutes at the first load; "
+        "not torch, which needs the extra `torch` and a bundle exported with torch weights.",
     )
     serve_replicas: int | None = Field(
         None, ge=1, le=1024, description="Serving replicas, one thread each. 1 to 1024. Default: one a core, at most 8."

@@ -1,7 +1,9 @@
 """What becomes of weights in fp16 and fp32; they are fresh, which changes nothing of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,10 +13,12 @@ from overtone.bundle import TextEncoder
 from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.errors import OvertoneError
 from overtone.schema import LABELS
+from overtone.torch_engine import Target, TorchEngine
 from train.config import ModelConfig, TrainConfig
 from train.data import Split, read_split
 from train.encoder import open_classifier
 from train.export import export_bundle
+from train.torch_form import torch_form_of
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -74,6 +78,47 @@ def test_fp16_is_half_as_large_and_gives_the_same_scores(workshop: Workshop, ope
     assert not any(one.data_type == onnx.TensorProto.FLOAT for one in model.graph.initializer)
     domains = {node.domain for node in model.graph.node}
     assert domains == ({"", "com.microsoft"} if operators == "fused" else {""})
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_torch_weights_give_what_the_fp32_graph_gives(workshop: Workshop, precision: str, tmp_path: Path) -> None:
+    weights, output = workshop.weights("weights"), tmp_path / "bundle"
+    config = workshop.config(precision=precision, torch=True, max_int8_loss=1.0, prior_offset=0.5)
+    bundle = export_bundle(weights, output, config, workshop.split, {}).bundle
+    assert bundle.torch is not None
+    assert {"torch/config.json", "torch/model.safetensors"} <= bundle.sha256.keys()
+    assert bundle.metrics["torch"]["parity"] <= config.export.max_parity_difference
+    assert bundle.metrics["torch"]["temperature"] == bundle.torch.temperature
+    engine = open_engine(bundle, wanted="torch")
+    check_golden(bundle, engine)
+
+    graph = export_bundle(
+        weights, tmp_path / "fp32", workshop.config(precision="fp32", prior_offset=0.5), workshop.split, {}
+    ).bundle
+    encoded = TextEncoder(bundle).encode(workshop.split.validation.texts)
+    expected = np.log(classify_sorted(open_engine(replace(graph, temperature=1.0)), encoded))
+    on_torch = replace(bundle, torch=bundle.torch.model_copy(update={"temperature": 1.0}))
+    exact = Target("cpu", "fp32", varlen=False, reason="a test")
+    np.testing.assert_allclose(np.log(TorchEngine(on_torch, target=exact).classify(encoded)), expected, atol=1e-4)
+    assert bundle.torch.temperature == pytest.approx(graph.temperature, abs=1e-3)
+
+    again = export_bundle(weights, output, workshop.config(precision="fp32"), workshop.split, {}).bundle
+    assert again.torch is None
+    assert not (output / "torch").exists()
+
+
+def test_torch_weights_that_differ_are_told(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def skewed(model: Any, golden: Any) -> Any:
+        form, weights = torch_form_of(model, golden)
+        return form, {**weights, "layers.0.up.bias": weights["layers.0.up.bias"] + 1}
+
+    monkeypatch.setattr("train.export.torch_form_of", skewed)
+    config = workshop.config(precision="fp32", torch=True)
+    with pytest.raises(OvertoneError, match=r"torch weights.*max_parity_difference.*export\.torch=false"):
+        export_bundle(workshop.weights("weights"), tmp_path / "bundle", config, workshop.split, {})
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_difference_that_is_not_allowed_is_told(workshop: Workshop, tmp_path: Path) -> None:

@@ -5,9 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from overtone import torch_engine
 from overtone.bundle import Bundle
-from overtone.cli.doctor import Finding, built_finding, examine, layout_finding, processor_finding, runtime_finding
+from overtone.cli.doctor import (
+    Finding,
+    built_finding,
+    examine,
+    layout_finding,
+    other_finding,
+    processor_finding,
+    runtime_finding,
+    torch_finding,
+)
 from overtone.engine import CUDA, usable_providers
+from overtone.torch_engine import choose_target
+from overtone.torch_form import TorchForm
 
 
 def named(findings: list[Finding]) -> dict[str, Finding]:
@@ -26,7 +38,7 @@ def test_the_engine_is_named_with_its_reason(home: Path, tiny_bundle: Bundle, mo
     monkeypatch.setenv("ENGINE", "onnx-cpu")
     findings = named(examine())
     assert findings["engine"] == Finding("engine", "ok", "onnx-cpu: ENGINE asks for it")
-    assert {"processor", "layout", "onnx runtime"} <= findings.keys()
+    assert {"processor", "layout", "onnx runtime", "torch"} <= findings.keys()
     assert "bench" not in findings
 
 
@@ -86,3 +98,37 @@ def test_the_doctor_says_whether_tensorrt_has_still_to_build(tiny_bundle: Bundle
     folder.mkdir()
     (folder / "TensorrtExecutionProvider_0_sm90.engine").touch()
     assert built_finding(tmp_path, tiny_bundle).level == "ok"
+
+
+def test_the_doctor_says_why_torch_is_not_what_runs(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = other_finding(tiny_bundle)
+    assert without.level == "ok"
+    assert "auto never chooses it" in without.found
+    assert "export.torch: true" in without.found
+    form = TorchForm(
+        layers=1, heads=1, activation="gelu", epsilon=1e-12, pooling="mean", temperature=1.0, golden=((1.0, 0.0, 0.0),)
+    )
+    holding = replace(tiny_bundle, torch=form)
+    monkeypatch.setattr(torch_engine, "find_spec", lambda name: object())
+    assert "ENGINE=torch would run" in other_finding(holding).found
+    monkeypatch.setattr(torch_engine, "find_spec", lambda name: None)
+    assert "torch is not installed" in other_finding(holding).found
+
+
+def test_the_doctor_says_how_torch_runs() -> None:
+    assert (
+        "bf16 on cpu: the processor multiplies bf16"
+        in torch_finding(choose_target(frozenset({"amx_bf16"}), None)).found
+    )
+    assert "fp16 on cuda: a CUDA device of compute capability 7.5" in torch_finding(choose_target(None, (7, 5))).found
+
+
+def test_torch_that_cannot_run_the_bundle_is_a_problem(
+    home: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUNDLE", str(tiny_bundle.path))
+    monkeypatch.setenv("ENGINE", "torch")
+    finding = named(examine())["engine"]
+    assert finding.level == "problem"
+    assert "ENGINE is torch" in finding.found
+    assert "ENGINE=auto" in finding.found

@@ -99,6 +99,93 @@ def test_a_wrong_manifest_is_refused_with_the_reason(tiny_bundle: Bundle, change
     assert "bundle.json" in caught.value.message
 
 
+FORM = {
+    "layers": 1,
+    "heads": 2,
+    "activation": "gelu",
+    "epsilon": 1e-12,
+    "pooling": "mean",
+    "temperature": 1.5,
+    "golden": [[0.1, 0.2, 0.7]],
+}
+
+
+@pytest.fixture
+def form_files(bundle_files: Path) -> Path:
+    """`bundle_files` with a torch form; no weights are read here."""
+    (bundle_files / "torch").mkdir()
+    (bundle_files / "torch" / "config.json").write_text(json.dumps(FORM))
+    (bundle_files / "torch" / "model.safetensors").write_bytes(b"weights")
+    return bundle_files
+
+
+def test_a_torch_form_is_part_of_the_bundle_and_of_its_version(form_files: Path, bundle_spec: BundleSpec) -> None:
+    bundle = write_bundle(form_files, spec=bundle_spec)
+    assert load_bundle(form_files) == bundle
+    assert bundle.torch is not None
+    assert (bundle.torch.temperature, bundle.torch.golden) == (1.5, ((0.1, 0.2, 0.7),))
+    assert bundle.files == (
+        "model.onnx",
+        "tokenizer.json",
+        "torch/config.json",
+        "torch/model.safetensors",
+        "bundle.json",
+    )
+    assert set(bundle.sha256) == set(bundle.files) - {"bundle.json"}
+    bundle.torch_weights_path.write_bytes(b"others")
+    assert write_bundle(form_files, spec=bundle_spec).version != bundle.version
+
+
+def test_what_a_bundle_was_made_from_makes_the_same_one(form_files: Path, bundle_spec: BundleSpec) -> None:
+    bundle = write_bundle(form_files, spec=bundle_spec)
+    assert bundle.spec == bundle_spec
+    assert write_bundle(form_files, spec=bundle.spec).version == bundle.version
+
+
+@pytest.mark.parametrize("name", ["torch/config.json", "torch/model.safetensors"])
+def test_a_torch_form_is_there_whole_or_not_at_all(form_files: Path, bundle_spec: BundleSpec, name: str) -> None:
+    bundle = write_bundle(form_files, spec=bundle_spec)
+    with (form_files / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(BundleError, match=f"{name}: its sha256"):
+        load_bundle(form_files)
+    (form_files / name).unlink()
+    with pytest.raises(BundleError, match=f"{name}: the file is missing"):
+        load_bundle(form_files)
+    with pytest.raises(BundleError, match=f"{name}: the file is missing"):
+        write_bundle(form_files, spec=bundle_spec)
+    _edit(bundle, sha256={key: value for key, value in bundle.sha256.items() if key != name})
+    with pytest.raises(BundleError, match=f"no entry for {name}"):
+        load_bundle(form_files)
+
+
+def test_files_of_torch_that_the_manifest_does_not_name_are_not_the_bundles(tiny_bundle: Bundle) -> None:
+    (tiny_bundle.path / "torch").mkdir()
+    (tiny_bundle.path / "torch" / "config.json").write_text("{}")
+    assert load_bundle(tiny_bundle.path) == tiny_bundle
+    assert tiny_bundle.torch is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"heads": 0}, "heads"),
+        ({"activation": "silu"}, "activation"),
+        ({"temperature": 0}, "temperature"),
+        ({"width": 16}, "width"),
+        ({"golden": []}, "golden"),
+        ({"golden": [[0.1, 0.2, 0.7]] * 2}, "golden has 2 rows for 1 golden texts"),
+        ({"golden": [[0.3, 0.7]]}, "golden.0 has 2 numbers for 3 labels"),
+    ],
+)
+def test_a_wrong_torch_form_is_refused_with_the_reason(
+    form_files: Path, bundle_spec: BundleSpec, changes: dict[str, Any], reason: str
+) -> None:
+    (form_files / "torch" / "config.json").write_text(json.dumps({**FORM, **changes}))
+    with pytest.raises(BundleError, match=rf"torch/config\.json: .*{reason}"):
+        write_bundle(form_files, spec=bundle_spec)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "\ufeff"])
 def test_a_manifest_that_is_no_json_object_is_refused(tiny_bundle: Bundle, content: str) -> None:
     (tiny_bundle.path / "bundle.json").write_text(content)

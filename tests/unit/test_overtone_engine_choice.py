@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
+from overtone import torch_engine
 from overtone.bundle import Bundle, BundleSpec, Precision, write_bundle
 from overtone.engine import (
     CPU,
@@ -19,7 +20,7 @@ from overtone.engine import (
     usable_providers,
 )
 from overtone.errors import BundleError, ConfigurationError, EngineError
-from overtone.hardware import has_fast_int8, read_cpu_features
+from overtone.hardware import has_fast_bf16, has_fast_int8, read_cpu_features
 from overtone.settings import WantedEngine
 
 ON_CPU = ["AzureExecutionProvider", "CPUExecutionProvider"]
@@ -55,6 +56,22 @@ def test_cuda_that_is_not_there_is_an_error_of_the_setting() -> None:
 def test_cuda_for_an_int8_bundle_is_an_error_of_the_bundle() -> None:
     with pytest.raises(BundleError, match=r"export\.precision: fp16"):
         choose_engine("onnx-cuda", ON_GPU, "int8")
+
+
+@pytest.mark.parametrize("providers", [ON_CPU, ON_GPU])
+def test_torch_is_never_chosen_unasked(providers: list[str]) -> None:
+    for precision in ("int8", "fp32", "fp16"):
+        assert choose_engine("auto", providers, precision, has_torch_form=True).name.startswith("onnx-")
+
+
+def test_torch_needs_its_package_and_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_engine, "find_spec", lambda name: object())
+    assert choose_engine("torch", ON_CPU, "int8", has_torch_form=True).name == "torch"
+    with pytest.raises(BundleError, match=r"export\.torch: true"):
+        choose_engine("torch", ON_CPU, "int8")
+    monkeypatch.setattr(torch_engine, "find_spec", lambda name: None if name == "torch" else object())
+    with pytest.raises(ConfigurationError, match=r"torch is not installed.*overtone\[torch\]"):
+        choose_engine("torch", ON_CPU, "int8", has_torch_form=True)
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
@@ -126,3 +143,11 @@ def test_only_int8_without_its_instructions_is_slow() -> None:
 def test_a_system_that_does_not_tell_is_not_blamed(tmp_path: Path) -> None:
     assert read_cpu_features(tmp_path / "absent") is None
     assert has_fast_int8(None) is None
+    assert not has_fast_bf16(None)
+
+
+@pytest.mark.parametrize(("flags", "is_fast"), [("avx2 avx512_vnni", False), ("avx512_bf16", True), ("amx_bf16", True)])
+def test_bf16_is_fast_where_it_is_multiplied(tmp_path: Path, flags: str, is_fast: bool) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"flags\t: fpu {flags}\n")
+    assert has_fast_bf16(read_cpu_features(file)) is is_fast
