@@ -5,7 +5,7 @@ The only module of the floor that uses torch, and it is imported when an engine 
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from overtone.packed import Packed, PackedBucket, fill_packed, pack, packed_buck
 from overtone.torch_form import TorchForm
 
 Tensor = Any
+Turn = Callable[[], AbstractContextManager[None]]
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Takes work that always reads and writes the same tensors; what it gives does that work again."""
 
@@ -131,9 +132,10 @@ class TorchEngine:
         self._model: _Model | None = None
         self._graphs: _Graphs | None = None
         try:
-            with self._running():
+            with self._turn():
                 self._model = _Model(bundle.torch, _read_weights(bundle), self.target)
-                self._graphs = _open_graphs(self._model, self.target, bundle.max_length)
+            self._model.require_positions(bundle.max_length)
+            self._graphs = _open_graphs(self._model, self.target, bundle.max_length, self._turn)
             shape = self.classify([[0, 0]]).shape
         except (EngineError, KeyError, ValueError, RuntimeError) as error:
             self.close()
@@ -151,7 +153,7 @@ class TorchEngine:
         try:
             batch = pack(token_ids)
             model.require_known(batch)
-            with self._running():
+            with self._turn():
                 logits = (self._graphs or model).run(batch)
         except Exception as error:
             raise EngineError(f"The model failed on a batch of {len(token_ids)} texts.") from error
@@ -167,7 +169,8 @@ class TorchEngine:
             self._model = self._graphs = None
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _turn(self) -> Iterator[None]:
+        """Within it the model may run: on a device nothing else does, on a CPU torch has this engine's threads."""
         torch = self._torch
         if self.target.device == "cuda":
             with _DEVICE, torch.inference_mode():
@@ -266,8 +269,16 @@ class _Model:
         """
         if batch.ids.min() < 0 or batch.ids.max() >= len(self._words):
             raise ValueError(f"a token id is outside the vocabulary of {len(self._words)}")
-        if batch.longest > len(self._positions):
-            raise ValueError(f"a text of {batch.longest} tokens is longer than {len(self._positions)}")
+        self.require_positions(batch.longest)
+
+    def require_positions(self, tokens: int) -> None:
+        """Refuse texts of so many tokens.
+
+        Raises:
+            ValueError: there are fewer positions.
+        """
+        if tokens > len(self._positions):
+            raise ValueError(f"a text of {tokens} tokens is longer than {len(self._positions)}")
 
     def run(self, batch: Packed) -> NDArray[np.float32]:
         """The logits [rows, labels] of `batch`, in its own order."""
@@ -345,8 +356,12 @@ class _Graphs:
     A graph reads and writes the addresses it was captured with, so each bucket keeps its tensors.
     """
 
-    def __init__(self, model: _Model, buckets: Sequence[PackedBucket], longest: int, capture: Capture) -> None:
+    def __init__(
+        self, model: _Model, buckets: Sequence[PackedBucket], longest: int, capture: Capture, turn: Turn
+    ) -> None:
         """Capture a graph for each of `buckets`, for rows of at most `longest` tokens, and check what it gives.
+
+        Each takes a `turn` of its own, so that a bundle in use runs in between.
 
         Raises:
             EngineError: a graph does not give what the model gives.
@@ -354,18 +369,22 @@ class _Graphs:
         """
         self._model = model
         self._buckets = tuple(buckets)
+        self._longest = longest
         self._slots: dict[PackedBucket, _Slot] = {}
         # The largest first: the memory that the others need is there then.
         for bucket in reversed(self._buckets):
-            slot = _Slot(bucket, model, min(longest, bucket.tokens), capture)
-            sample = _sample(bucket, min(longest, bucket.tokens))
-            if not np.allclose(slot.run(sample), model.run(sample), rtol=_REPLAY_TOLERANCE, atol=_REPLAY_TOLERANCE):
+            with turn():
+                slot = _Slot(bucket, model, min(longest, bucket.tokens), capture)
+                sample = _sample(bucket, min(longest, bucket.tokens))
+                given, expected = slot.run(sample), model.run(sample)
+            if not np.allclose(given, expected, rtol=_REPLAY_TOLERANCE, atol=_REPLAY_TOLERANCE):
                 raise EngineError(f"The graph captured for {bucket.tokens} tokens does not give what the model gives.")
             self._slots[bucket] = slot
 
     def run(self, batch: Packed) -> NDArray[np.float32]:
         """See `_Model.run`."""
-        bucket = packed_bucket_for(self._buckets, batch)
+        # A graph attends no further than the longest row it was captured for.
+        bucket = packed_bucket_for(self._buckets, batch) if batch.longest <= self._longest else None
         return self._slots[bucket].run(batch) if bucket else self._model.run(batch)
 
 
@@ -389,12 +408,12 @@ class _Slot:
         return logits.copy()
 
 
-def _open_graphs(model: _Model, target: Target, longest: int) -> _Graphs | None:
+def _open_graphs(model: _Model, target: Target, longest: int, turn: Turn) -> _Graphs | None:
     """Graphs for `model`, if `target` captures and its device agrees."""
     if not (target.captures and model.attends_to_any_lengths):
         return None
     try:
-        return _Graphs(model, packed_buckets(), longest, _cuda_capture())
+        return _Graphs(model, packed_buckets(), longest, _cuda_capture(), turn)
     except Exception as error:
         get_logger().warning("engine.graphs_refused", reason=str(error))
         return None

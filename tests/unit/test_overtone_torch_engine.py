@@ -137,7 +137,7 @@ def shared_engine(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
     folder = tmp_path_factory.mktemp("shared")
     (folder / "torch").mkdir()
     write_torch_form(folder, form, weights)
-    stand_in = replace(load_bundle(), path=folder, torch=form)
+    stand_in = replace(load_bundle(), path=folder, max_length=12, torch=form)
     return TorchEngine(stand_in, target=FP32)
 
 
@@ -343,8 +343,8 @@ def test_filled_batches_give_what_the_model_gives(
 ) -> None:
     model = model_of(with_torch_form(tiny_bundle, classifier(pooling=pooling)), one_kernel)
     captures = Captures()
+    graphs = torch_engine._Graphs(model, BUCKETS, tiny_bundle.max_length, captures, torch.inference_mode)
     with torch.inference_mode():
-        graphs = torch_engine._Graphs(model, BUCKETS, tiny_bundle.max_length, captures)
         assert captures.replays == len(BUCKETS)
         first = graphs.run(pack(texts))
         assert graphs.run(pack([[1, 9, 9, 2]])).shape == (1, 3)
@@ -355,8 +355,22 @@ def test_filled_batches_give_what_the_model_gives(
 
 def test_a_graph_that_gives_something_else_is_refused(torch_bundle: Bundle, one_kernel: Target) -> None:
     model = model_of(torch_bundle, one_kernel)
-    with torch.inference_mode(), pytest.raises(EngineError, match="captured for 32 tokens"):
-        torch_engine._Graphs(model, BUCKETS, 8, Captures(stale=True))
+    with pytest.raises(EngineError, match="captured for 32 tokens"):
+        torch_engine._Graphs(model, BUCKETS, 8, Captures(stale=True), torch.inference_mode)
+
+
+def test_a_row_longer_than_a_graph_was_captured_for_runs_without(torch_bundle: Bundle, one_kernel: Target) -> None:
+    model, captures = model_of(torch_bundle, one_kernel), Captures()
+    graphs = torch_engine._Graphs(model, BUCKETS, 8, captures, torch.inference_mode)
+    batch = pack([[1, 2], [5] * 9])
+    with torch.inference_mode():
+        np.testing.assert_array_equal(graphs.run(batch), model.run(batch))
+    assert captures.replays == len(BUCKETS)
+
+
+def test_texts_longer_than_the_model_has_positions_for_are_refused_at_load(torch_bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="20 tokens is longer than 16"):
+        TorchEngine(replace(torch_bundle, max_length=20), target=FP32)
 
 
 def test_a_device_that_captures_nothing_is_done_without_graphs(
@@ -365,9 +379,9 @@ def test_a_device_that_captures_nothing_is_done_without_graphs(
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     model = model_of(torch_bundle, one_kernel)
-    assert torch_engine._open_graphs(model, replace(one_kernel, device="cuda"), 8) is None
+    assert torch_engine._open_graphs(model, replace(one_kernel, device="cuda"), 8, torch.inference_mode) is None
     assert "engine.graphs_refused" in "".join(capfd.readouterr())
-    assert torch_engine._open_graphs(model, one_kernel, 8) is None
+    assert torch_engine._open_graphs(model, one_kernel, 8, torch.inference_mode) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
