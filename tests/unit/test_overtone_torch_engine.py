@@ -39,8 +39,6 @@ SHAPE = {
     "intermediate_size": 24,
     "max_position_embeddings": 16,
     "num_labels": 3,
-    # Large enough that a wrong layer shows in the scores.
-    "initializer_range": 0.5,
 }
 TEXTS = [[1, 4, 2], [1, 8, 8, 9, 2], [1, 2], [1, 6, 4, 5, 5, 5, 2], [1, 7, 2]]
 FP32 = Target("cpu", "fp32", varlen=False, reason="a test")
@@ -52,8 +50,10 @@ def classifier(kind: str = "Bert", **changes: Any) -> Any:
     shape = getattr(transformers, f"{kind}Config")(**SHAPE | changes)
     model = classifier_class(shape)
     found = model.from_config(shape) if hasattr(model, "from_config") else model(shape)
-    for parameter in found.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            # Large enough that a wrong layer shows in the scores; biases and norms are no longer 0 and 1.
+            parameter.add_(torch.randn(parameter.shape) * 0.5)
     return found.eval()
 
 
@@ -101,9 +101,9 @@ def test_every_architecture_gives_what_hugging_face_gives(
 ) -> None:
     model = classifier(kind, **changes)
     engine = TorchEngine(with_torch_form(tiny_bundle, model), target=FP32)
-    expected = scores_of(model, TEXTS)
+    expected = np.log(scores_of(model, TEXTS))
     assert np.ptp(expected, axis=0).min() > 0.01
-    np.testing.assert_allclose(engine.classify(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(np.log(engine.classify(TEXTS)), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"position_embedding_type": "relative_key"}, {"hidden_act": "silu"}])
@@ -165,7 +165,7 @@ def test_golden_texts_are_those_of_the_form(torch_bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_close(tiny_bundle: Bundle, precision: Any) -> None:
-    model = classifier(pooling="mean", initializer_range=0.02)
+    model = classifier(pooling="mean")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.2)
@@ -229,7 +229,7 @@ def test_weights_of_another_shape_are_refused(
 
 def test_a_file_that_is_no_file_of_tensors_is_refused(torch_bundle: Bundle) -> None:
     torch_bundle.torch_weights_path.write_bytes(b"not tensors")
-    with pytest.raises(BundleError, match=r"model\.safetensors: fails on cpu \(.*no file of tensors"):
+    with pytest.raises(BundleError, match=r"model\.safetensors: fails on cpu \(SafetensorError"):
         TorchEngine(write_bundle(torch_bundle.path, spec=torch_bundle.spec), target=FP32)
 
 
