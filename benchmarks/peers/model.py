@@ -1,6 +1,6 @@
 """What the peers' servers run: the bundle as Overtone itself runs it, so that only the serving differs.
 
-Imported in the peers' own environments: needs numpy, onnxruntime, tokenizers, emoji, pydantic and structlog, nothing of Ray.
+Imported in the peers' own environments: needs what is in their requirements, nothing of Ray.
 """
 
 from dataclasses import asdict
