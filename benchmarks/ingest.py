@@ -29,13 +29,14 @@ from benchmarks.results import RESULTS, Result, middle, ratio, write
 from benchmarks.server import own_server
 from ingest.backlog import Backlog
 from ingest.classify import Classifier
-from ingest.options import ClassifyOptions, RepairOptions, WriteOptions
+from ingest.connection import Inbox
+from ingest.ledger import Ledger
+from ingest.options import ClassifyOptions, IngestOptions, WriteOptions
 from ingest.parse import parse_line
 from ingest.posts import Generator
 from ingest.predict import PredictClient
-from ingest.repair import Ledger, Repairer
+from ingest.repair import Repairer
 from ingest.store import PostStore
-from ingest.stream import Inbox
 from ingest.timeline import Timeline, to_line
 from ingest.waiting import until_true
 from ingest.writer import Writer
@@ -245,7 +246,7 @@ async def _desk(db: Database, folder: Path) -> Any:
     client = PredictClient("http://127.0.0.1:1", "X-API-Key", lambda: "")
     store = _Noted(db, _NoClassifier(db, client, ClassifyOptions()), epoch=epoch)
     ledger = Ledger(db, _STREAM, epoch)
-    repairer = Repairer(ledger, None, rules=(), fields={}, options=RepairOptions(), store=None)  # type: ignore[arg-type]
+    repairer = Repairer(ledger, None, options=IngestOptions(), found=None)  # type: ignore[arg-type]
     inbox: Inbox = asyncio.Queue()
     backlog = Backlog(Spool(folder / "spool", 2**30))
     writer = Writer(inbox, backlog, store, repairer, stream=_STREAM, options=WriteOptions())

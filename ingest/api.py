@@ -78,9 +78,7 @@ class XApi:
         to_add, to_delete, unknown = plan_rules(wanted, held)
         await self.change_rules(to_add, to_delete)
         if unknown:
-            _log.warning(
-                "rules.unknown_found", count=len(unknown), advice="they add posts; `overtone ingest rules list`"
-            )
+            _log.warning("rules.unknown_found", count=len(unknown), advice="they add posts; `overtone rules diff`")
         _log.info("rules.reconciled", added=len(to_add), deleted=len(to_delete), kept=len(held) - len(to_delete))
 
     async def rules(self) -> list[dict[str, str]]:
@@ -102,6 +100,17 @@ class XApi:
         if to_add:
             rules = [tweepy.StreamRule(value=rule.value, tag=rule.tag) for rule in to_add]
             _check_added(await self._call(self._rules_client.add_rules(rules, **how)))
+
+    async def refused_rules(self, rules: Sequence[RuleOption]) -> dict[str, str]:
+        """Why X would refuse some of `rules`, by their tags; it keeps none of them.
+
+        Raises:
+            StreamError: X cannot be reached or asks to wait.
+        """
+        asked = [tweepy.StreamRule(value=rule.value, tag=rule.tag) for rule in rules]
+        errors = _refusals(await self._call(self._rules_client.add_rules(asked, dry_run="true")))
+        tags = {rule.value: rule.tag for rule in rules}
+        return {tags.get(value, value): why for value, why in errors}
 
     async def search_recent(
         self,
@@ -186,16 +195,31 @@ def search_queries(rules: Sequence[RuleOption]) -> list[tuple[str, str | None]]:
     return [(_joined(group), group[0].tag if len(group) == 1 else None) for group in groups]
 
 
+def search_shortcoming(rules: Sequence[RuleOption]) -> str | None:
+    """Why searches cannot find all that `rules` match; None if they can."""
+    if any(name in rule.value for rule in rules for name in _NOT_SEARCHABLE):
+        return "search does not know the operators of every rule"
+    if any("-is:retweet" not in rule.value.split() for rule in rules):
+        return "search finds no retweets"
+    return None
+
+
 def _joined(rules: Sequence[RuleOption]) -> str:
     return rules[0].value if len(rules) == 1 else " OR ".join(f"({rule.value})" for rule in rules)
 
 
 def _check_added(answer: Mapping[str, Any]) -> None:
-    refused = [error for error in answer.get("errors") or [] if error.get("title") != "DuplicateRule"]
-    if refused:
-        first = refused[0]
-        what = first.get("detail") or first.get("title") or "no reason given"
-        raise StreamFatalError(f"X refuses the stream rule {first.get('value', '')!r}: {what}")
+    for value, why in _refusals(answer):
+        raise StreamFatalError(f"X refuses the stream rule {value!r}: {why}")
+
+
+def _refusals(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which values X refuses and why; that it holds one already is no refusal."""
+    return [
+        (str(error.get("value", "")), str(error.get("detail") or error.get("title") or "no reason given"))
+        for error in answer.get("errors") or []
+        if error.get("title") != "DuplicateRule"
+    ]
 
 
 def _refused(error: tweepy.HTTPException) -> StreamError:

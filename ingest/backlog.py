@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-from ingest.stream import Connected, Disconnected, StreamEvent
+from ingest.connection import Connected, Disconnected, StreamEvent
 from overtone import metrics
 from overtone.logging import get_logger
 from overtone.spool import Chunk, Position, Record, Spool
 
 _LINE, _CONNECTED, _DISCONNECTED = 0, 1, 2
+_BACKFILLED = " backfilled"
 DAMAGED = "spool_damaged"
 """Cause of the gap that stands for what could not be read."""
 
@@ -83,13 +84,14 @@ def _record(event: StreamEvent) -> Record:
     if isinstance(event, bytes):
         return Record(_LINE, event)
     if isinstance(event, Connected):
-        return Record(_CONNECTED, event.at.isoformat().encode())
+        return Record(_CONNECTED, f"{event.at.isoformat()}{_BACKFILLED if event.is_backfilled else ''}".encode())
     return Record(_DISCONNECTED, event.cause.encode())
 
 
 def _event(record: Record) -> StreamEvent:
     if record.kind == _CONNECTED:
-        return Connected(datetime.fromisoformat(record.payload.decode()))
+        at = record.payload.decode()
+        return Connected(datetime.fromisoformat(at.removesuffix(_BACKFILLED)), at.endswith(_BACKFILLED))
     if record.kind == _DISCONNECTED:
         return Disconnected(record.payload.decode())
     return record.payload

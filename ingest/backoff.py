@@ -1,7 +1,7 @@
 """How long to wait before the next connection, by the X API's rules. Pure arithmetic on a clock that is passed in."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 
 _NETWORK_STEP_S = 0.25
@@ -72,6 +72,21 @@ class ConnectBudget:
         """Count a request that reached the X API."""
         self._refill()
         self._level -= 1.0
+
+    def give_back(self) -> None:
+        """Take back a request that never reached the X API."""
+        self._refill()
+        self._level = min(self._level + 1.0, self._capacity)
+
+    def remember(self, ages_s: Iterable[float]) -> None:
+        """Count requests that others made so many seconds ago, in place of what was counted here."""
+        level, before = self._capacity, None
+        for age_s in sorted(ages_s, reverse=True):
+            if before is not None:
+                level = min(self._capacity, level + (before - age_s) * self._per_second)
+            level, before = level - 1.0, age_s
+        self._level = min(self._capacity, level + max(before or 0.0, 0.0) * self._per_second)
+        self._measured_at = self._clock()
 
     def learn(self, remaining: int, reset_in_s: float) -> None:
         """Take over what the X API says: with `remaining` 0 nothing is allowed for `reset_in_s` seconds."""

@@ -7,13 +7,15 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from overtone.errors import ConfigurationError
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 MAX_STANDBYS = 8
+PARTITIONS = {"filtered": 0, "sample10": 2, "firehose": 20}
+"""Into how many parts X splits a stream; 0 for one that is not split."""
 
 TWEET_FIELDS = (
     "author_id",
@@ -50,6 +52,33 @@ class StreamOptions(_Options):
     queue_lines: int = Field(20_000, ge=100, le=1_000_000)
     """Lines held in memory while the database is slow; with more the stream is left and repaired later."""
     max_line_bytes: int = Field(4 * 1024 * 1024, ge=16_384, le=64 * 1024 * 1024)
+    endpoint: Literal["filtered", "sample10", "firehose"] = "filtered"
+    """Which stream of posts: that of the rules, or a tenth or all of the public posts, in partitions (Enterprise)."""
+    partition: int | None = Field(None, ge=1, le=20)
+    """Which partition of `sample10` (2) or `firehose` (20) this process reads; each has a leader of its own."""
+
+    @model_validator(mode="after")
+    def _partition_fits(self) -> "StreamOptions":
+        partitions = PARTITIONS[self.endpoint]
+        if (self.partition is None) != (partitions == 0) or (self.partition or 0) > partitions:
+            of = f"is from 1 to {partitions} for {self.endpoint}" if partitions else "is of sample10 and firehose only"
+            raise ValueError(f"partition {of}")
+        return self
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether the stream brings what rules match."""
+        return self.endpoint == "filtered"
+
+    @property
+    def path(self) -> str:
+        """Where the X API has the stream."""
+        return f"/2/tweets/{'search' if self.has_rules else self.endpoint}/stream"
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What every connection asks for beside fields."""
+        return {} if self.partition is None else {"partition": str(self.partition)}
 
 
 class WriteOptions(_Options):
@@ -108,9 +137,10 @@ class ClassifyOptions(_Options):
 
 
 class RepairOptions(_Options):
-    """How posts missed while disconnected are fetched by recent search."""
+    """How posts missed while disconnected are fetched."""
 
     enabled: bool = True
+    """Without, every gap is accepted as it is."""
     overlap_s: Annotated[float, Field(ge=0, le=3_600)] = 10.0
     """How far before the last stored post a search begins: the stream delivers out of order by seconds."""
     settle_s: Annotated[float, Field(ge=0, le=3_600)] = 15.0
@@ -151,7 +181,14 @@ class IngestOptions(_Options):
     rules: tuple[RuleOption, ...] = Field(
         (RuleOption(tag="sentiment-analysis", value='"sentiment analysis" lang:en -is:retweet'),), min_length=1
     )
+    plan: Literal["self_serve", "enterprise"] = "self_serve"
+    """What X lets this app do: `enterprise` has backfill, replays and streams in partitions."""
     tweet_fields: tuple[str, ...] = TWEET_FIELDS
+    user_fields: tuple[str, ...] = ()
+    media_fields: tuple[str, ...] = ()
+    poll_fields: tuple[str, ...] = ()
+    place_fields: tuple[str, ...] = ()
+    """Of the objects that `expansions` bring."""
     expansions: tuple[str, ...] = ()
     """Asked of the X API with every post; `author_id` brings user objects, which X may bill separately."""
     stream: StreamOptions = StreamOptions()
@@ -165,6 +202,18 @@ class IngestOptions(_Options):
     retention: RetentionOptions = RetentionOptions()
     drain_s: Annotated[float, Field(ge=0, le=600)] = 10.0
     """How long a stop waits for posts already received to be stored and classified."""
+
+    @property
+    def fields(self) -> dict[str, list[str]]:
+        """What is asked with every post, by tweepy's names; those without a value are left out."""
+        names = ("tweet_fields", "user_fields", "media_fields", "poll_fields", "place_fields", "expansions")
+        return {name: list(values) for name in names if (values := getattr(self, name))}
+
+    @model_validator(mode="after")
+    def _plan_has_it(self) -> "IngestOptions":
+        if self.plan == "self_serve" and not self.stream.has_rules:
+            raise ValueError(f"stream.endpoint {self.stream.endpoint} is of the plan `enterprise` only")
+        return self
 
     @field_validator("rules")
     @classmethod

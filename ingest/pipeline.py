@@ -14,15 +14,19 @@ from ingest.api import XApi
 from ingest.backlog import Backlog
 from ingest.classify import Classifier
 from ingest.compliance import ComplianceKeeper
+from ingest.connection import Inbox
+from ingest.connects import ConnectLog, Connects
 from ingest.leader import Leadership
-from ingest.options import IngestOptions, SpendOptions, is_loopback
+from ingest.ledger import Ledger
+from ingest.options import IngestOptions, SpendOptions, StreamOptions, is_loopback
 from ingest.predict import PredictClient, client_for
-from ingest.repair import Ledger, Repairer
+from ingest.repair import Repairer
+from ingest.replay import Replay
 from ingest.retention import RetentionKeeper
 from ingest.salvage import salvage
 from ingest.spend import SpendMeter
-from ingest.store import PostStore
-from ingest.stream import Inbox, StreamSupervisor
+from ingest.store import FoundStore, PostStore
+from ingest.stream import StreamSupervisor
 from ingest.waiting import until_it_works
 from ingest.writer import Writer
 from overtone.db.database import Database
@@ -30,7 +34,7 @@ from overtone.db.posts import claim_stream
 from overtone.erasure import open_eraser
 from overtone.errors import ConfigurationError, FencedError, OvertoneError, StreamError, StreamFatalError
 from overtone.logging import get_logger
-from overtone.schema import Post
+from overtone.schema import snowflake_to_datetime
 from overtone.settings import Settings
 from overtone.spool import Spool
 
@@ -61,7 +65,7 @@ class Pipeline:
         self._options = options
         self._token = settings.twitter_bearer_token.get_secret_value()
         self._database_url = settings.database_url.get_secret_value()
-        self.source = source_name(settings.x_api_base_url)
+        self.source = source_name(settings.x_api_base_url, options.stream)
         self._inbox: Inbox = asyncio.Queue(options.stream.queue_lines)
         self._supervisor: StreamSupervisor | None = None
         self._classifier: Classifier | None = None
@@ -101,7 +105,8 @@ class Pipeline:
                     self._settings.x_api_base_url,
                     self._token,
                     gate=self._spend,
-                    may_end_others=lambda: leadership.is_sure,
+                    # X cannot be told which partition's connection is stale.
+                    may_end_others=lambda: leadership.is_sure and self._options.stream.has_rules,
                 )
             )
             self._classifier = Classifier(db, client, self._options.classify)
@@ -190,30 +195,39 @@ class Pipeline:
         assert backlog is not None
         assert spend is not None
         assert classifier is not None
-        options, search_stream = self._options, f"{self.source}_search"
-
-        async def store_found(posts: Sequence[Post]) -> int:
-            return await store.store(posts, stream=search_stream)
-
-        fields = {"tweet_fields": options.tweet_fields, "expansions": options.expansions}
+        options = self._options
+        connects = Connects(options.stream.connects_per_window, ConnectLog(ledger.db, self.source))
+        replay = Replay(api, self._token, fields=options.fields, options=options.stream, connects=connects)
         self._repairer = Repairer(
-            ledger, api, rules=options.rules, fields=fields, options=options.repair, store=store_found
+            ledger,
+            api,
+            options=options,
+            found=FoundStore(store, self.source),
+            replay=replay if options.plan == "enterprise" else None,
+            is_idle=lambda: writer.is_idle,
         )
+        reached = await until_it_works(ledger.reached, self._note)
         self._supervisor = StreamSupervisor(
-            api, self._token, rules=options.rules, fields=fields, options=options.stream
+            api,
+            self._token,
+            options=options,
+            connects=connects,
+            missed_since=snowflake_to_datetime(reached) if reached else None,
         )
         writer = Writer(self._inbox, backlog, store, self._repairer, stream=self.source, options=options.write)
         compliance = ComplianceKeeper(
             self._settings.x_api_base_url,
             self._token,
             open_eraser(self._settings, ledger.db),
-            source=self.source,
+            source=source_name(self._settings.x_api_base_url),
             options=options.compliance,
         )
+        retention = RetentionKeeper(ledger.db, self._settings, options.retention)
+        # Of the leaders of a stream in partitions one does what concerns the whole database.
+        duties = [compliance.run(), retention.run()] if options.stream.partition in (None, 1) else []
         parts = [
             leadership.hold(ledger.epoch),
-            compliance.run(),
-            RetentionKeeper(ledger.db, self._settings, options.retention).run(),
+            *duties,
             classifier.run(),
             writer.run(),
             spend.run(api.usage if self._asks_usage else None),
@@ -326,12 +340,16 @@ class Ingestion:
         }
 
 
-def source_name(base_url: str) -> str:
-    """The name under which posts, cursor and gaps of the API at `base_url` are kept.
+def source_name(base_url: str, stream: StreamOptions | None = None) -> str:
+    """The name under which posts, cursor and gaps of a stream of the API at `base_url` are kept.
 
-    The simulator's is another one than X's: a cursor of the one must not make the other fetch anything.
+    The simulator's is another one than X's: a cursor of the one must not make the other fetch anything. A partition
+    has a name, and so a leader, of its own.
     """
-    return "simulator" if is_loopback(base_url) else "filtered_stream"
+    is_simulator = is_loopback(base_url)
+    if stream is None or stream.partition is None:
+        return "simulator" if is_simulator else "filtered_stream"
+    return f"{'simulator_' if is_simulator else ''}{stream.endpoint}_{stream.partition}"
 
 
 def billed(base_url: str, options: SpendOptions) -> tuple[str, SpendOptions]:

@@ -9,6 +9,7 @@ from ingest.parse import Bad
 from ingest.waiting import until_it_works
 from overtone import metrics
 from overtone.db.database import Database
+from overtone.db.gaps import Means
 from overtone.db.posts import write_dead_letter, write_posts
 from overtone.errors import OvertoneError
 from overtone.logging import get_logger
@@ -97,3 +98,19 @@ class PostStore:
         if error.message != self.status.last_error:
             _log.warning("store.delayed", code=error.code, reason=error.message)
         self.status.last_error = error.message
+
+
+class FoundStore:
+    """Posts that the stream `source` missed and that were found by other means: stored under its name and theirs."""
+
+    def __init__(self, store: PostStore, source: str) -> None:
+        self._store = store
+        self._source = source
+
+    async def store(self, posts: Sequence[Post], *, means: Means) -> int:
+        """See `PostStore.store`."""
+        return await self._store.store(posts, stream=f"{self._source}_{means}")
+
+    async def put_aside(self, bad: Bad) -> None:
+        """See `PostStore.put_aside`."""
+        await until_it_works(lambda: self._store.put_aside(bad), self._store.note)

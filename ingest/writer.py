@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from ingest.backlog import DAMAGED, Backlog
+from ingest.connection import Connected, Disconnected, Inbox, StreamEvent
 from ingest.options import WriteOptions
 from ingest.parse import Bad, StreamProblem, parse_line
 from ingest.repair import Repairer
 from ingest.store import PostStore
-from ingest.stream import Connected, Disconnected, Inbox, StreamEvent
 from ingest.waiting import until_true
 from overtone import metrics
 from overtone.errors import DatabaseUnavailableError
@@ -68,6 +68,11 @@ class Writer:
         self._may_be_stored = not backlog.is_empty
         """Whether the next posts may have been stored by an attempt of which no answer came."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was received is stored."""
+        return not self._held and self._inbox.empty() and self._backlog.is_empty
+
     async def run(self) -> None:
         """Write until cancelled.
 
@@ -84,7 +89,7 @@ class Writer:
     async def finish(self) -> None:
         """Return when everything that was received is stored; from here on nothing waits for a batch to fill."""
         self._is_draining = True
-        await until_true(lambda: not self._held and self._inbox.empty() and self._backlog.is_empty)
+        await until_true(lambda: self.is_idle)
 
     async def _take(self) -> None:
         """Wait for an event, and a little longer for more."""
@@ -179,11 +184,12 @@ class Writer:
 
     async def _store_step(self, step: Step) -> None:
         if isinstance(step.mark, Connected):
-            await self._repairer.note_connected(step.mark.at)
+            await self._repairer.note_connected(step.mark.at, is_backfilled=step.mark.is_backfilled)
         elif isinstance(step.mark, Disconnected):
             await self._repairer.note_disconnected(step.mark.cause)
         if step.posts:
             await self._store.store_once(step.posts, stream=self._stream, is_repeat=self._may_be_stored)
+            self._repairer.note_stored(step.posts)
             self._count(step.posts)
         for one in step.others:
             if isinstance(one, StreamProblem):

@@ -75,7 +75,7 @@ SPOOL_BYTES = Gauge(
 SPOOLED = Counter("overtone_ingest_spooled_total", "Events of the stream that went through the disk.", ["step"])
 """step: `kept` when put on disk, `replayed` when stored from there."""
 GAP_SECONDS = Counter("overtone_ingest_gap_seconds_total", "Length of gaps that were settled.", ["outcome"])
-"""outcome: `repaired` or `unrepairable`."""
+"""outcome: `repaired`, `partly_repaired` or `accepted`."""
 RULE_POSTS = Counter("overtone_ingest_rule_posts_total", "Posts received from the stream, by matching rule.", ["rule"])
 SPEND_POSTS = Gauge(
     "overtone_ingest_spend_posts", "Posts read from X in this billing period.", multiprocess_mode="livemax"

@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 
 from overtone.db.database import Database
-from overtone.db.posts import Gap, list_gaps
+from overtone.db.gaps import Gap, list_gaps
 
 _PAGE = 200_000
 

@@ -51,9 +51,17 @@ class Feed:
     """A connection, from its first byte to its last."""
 
     def __init__(
-        self, source: Source, request: web.Request, response: web.StreamResponse, start: int, end: int | None = None
+        self,
+        source: Source,
+        request: web.Request,
+        response: web.StreamResponse,
+        start: int,
+        end: int | None = None,
+        *,
+        partition: int = 0,
     ) -> None:
         """Sends from the position `start` on; with `end` the connection is over there, as a replay is."""
+        self.partition = partition
         self.feed_id = str(uuid.uuid4())
         self.connected_at = datetime.now(UTC)
         self.wake = asyncio.Event()
@@ -66,6 +74,11 @@ class Feed:
         self._end = end
         self._packer: Any = None
         self._slow_until = 0.0
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether it ends by itself."""
+        return self._end is not None
 
     async def run(self, *, packs: bool) -> None:
         """Send until the connection is over. With `packs` the bytes are gzip."""

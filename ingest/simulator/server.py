@@ -33,13 +33,18 @@ from overtone.logging import get_logger
 
 _TICK_S = 0.02
 _MAX_BACKFILL_MINUTES = 5
+_MAX_REPLAYS = 2
 _LEDGER_IDS = 1_000_000
 _LIMITED = {
     "/2/tweets/search/stream": "stream",
+    "/2/tweets/sample10/stream": "stream",
+    "/2/tweets/firehose/stream": "stream",
     "/2/tweets/search/recent": "search",
     "/2/usage/tweets": "usage",
     "/2/connections": "connections",
 }
+PARTITIONS = {"sample10": 2, "firehose": 20}
+"""Streams of all posts, and into how many parts X splits them."""
 _ALL_FIELDS = frozenset({"author_id", "lang", "referenced_tweets", "geo"})
 _STATES = ("published", "streamed", "found", "gone")
 
@@ -89,6 +94,8 @@ class Simulator:
         app = web.Application(middlewares=[self._gate], client_max_size=64 * 2**20)
         app.cleanup_ctx.append(self._publishing)
         app.router.add_get("/2/tweets/search/stream", self._stream)
+        app.router.add_get("/2/tweets/sample10/stream", self._stream)
+        app.router.add_get("/2/tweets/firehose/stream", self._stream)
         app.router.add_get("/2/tweets/search/stream/rules", self._get_rules)
         app.router.add_get("/2/tweets/search/stream/rules/counts", self._count_rules)
         app.router.add_post("/2/tweets/search/stream/rules", self._post_rules)
@@ -184,6 +191,7 @@ class Simulator:
         if refusal is not None:
             return refusal
         try:
+            self._check_partition(request)
             start, end = self._span(request)
         except ValueError as error:
             return bad_request(str(error))
@@ -193,7 +201,7 @@ class Simulator:
         response = web.StreamResponse(headers={"Content-Type": "application/json"} | request[LIMIT_HEADERS])
         if packs:
             response.headers["Content-Encoding"] = "gzip"
-        feed = Feed(self._source, request, response, start, end)
+        feed = Feed(self._source, request, response, start, end, partition=_partition(request))
         self._feeds.append(feed)
         _log.info("simulator.client_connected", connects=self.connects)
         try:
@@ -212,11 +220,20 @@ class Simulator:
             return refused(fault.status, fault.reason)
         if self._is_capped:
             return refused(429, "usage_cap")
-        if len(self._feeds) >= self._options.max_connections:
-            if not self._options.replaces_connection:
+        is_replay = "end_time" in request.query
+        rivals = [feed for feed in self._feeds if feed.is_replay == is_replay and feed.partition == _partition(request)]
+        if len(rivals) >= (_MAX_REPLAYS if is_replay else self._options.max_connections):
+            if is_replay or not self._options.replaces_connection:
                 return refused(429, "too_many_connections")
-            self._end(self._feeds[0])
-        return None if self.rulebook.rules else no_rules()
+            self._end(rivals[0])
+        return None if self.rulebook.rules or _is_volume(request) else no_rules()
+
+    def _check_partition(self, request: web.Request) -> None:
+        endpoint, partition = _endpoint(request), _partition(request)
+        if _is_volume(request) and not self._options.has_backfill:
+            raise ValueError(f"{endpoint} is not part of this plan")
+        if _is_volume(request) and not 1 <= partition <= PARTITIONS[endpoint]:
+            raise ValueError(f"partition must be from 1 to {PARTITIONS[endpoint]}")
 
     def _span(self, request: web.Request) -> tuple[int, int | None]:
         """The positions a connection begins and ends with."""
@@ -241,10 +258,10 @@ class Simulator:
 
     def _message(self, request: web.Request, position: int) -> dict[str, Any] | None:
         """The post at `position` as the stream sends it; None for one that is gone or that no rule matches."""
-        if self.redactions.is_gone(position):
+        if self.redactions.is_gone(position) or not _falls_into(position, request):
             return None
-        rules = self.rulebook.rules
-        if self._options.evaluates_rules:
+        rules = () if _is_volume(request) else self.rulebook.rules
+        if self._options.evaluates_rules and not _is_volume(request):
             subject = self._subject(position)
             matching = [rule for rule in rules if self.rulebook.matches(rule, subject)]
             if not matching:
@@ -255,7 +272,8 @@ class Simulator:
         message: dict[str, Any] = {"data": self.timeline.post(position, fields)}
         if with_users:
             message["includes"] = {"users": [self.timeline.user(position)]}
-        message["matching_rules"] = [rule.matched() for rule in matching]
+        if not _is_volume(request):
+            message["matching_rules"] = [rule.matched() for rule in matching]
         return message
 
     def _subject(self, position: int) -> Subject:
@@ -409,6 +427,30 @@ class Simulator:
         except ValidationError as error:
             return bad_request(error.errors()[0]["msg"].removeprefix("Value error, "))
         return web.json_response({"applied": self.inflict(fault)})
+
+
+def _endpoint(request: web.Request) -> str:
+    return request.path.split("/")[3]
+
+
+def _is_volume(request: web.Request) -> bool:
+    """Whether the stream is one of all posts, which are not matched by rules."""
+    return _endpoint(request) in PARTITIONS
+
+
+def _partition(request: web.Request) -> int:
+    """The partition asked for, 0 for none or one that is no number."""
+    asked = request.query.get("partition", "0")
+    return int(asked) if asked.isdecimal() and len(asked) < 4 else 0
+
+
+def _falls_into(position: int, request: web.Request) -> bool:
+    """Whether the post at `position` belongs into the stream that `request` asks for."""
+    if not _is_volume(request):
+        return True
+    endpoint = _endpoint(request)
+    taken, rest = (True, position) if endpoint == "firehose" else (position % 10 == 0, position // 10)
+    return taken and rest % PARTITIONS[endpoint] + 1 == _partition(request)
 
 
 def _limit_of(request: web.Request) -> str:

@@ -1,11 +1,12 @@
-"""Writing posts exactly once, and the ledgers beside them: cursor, gaps, dead letters."""
+"""Writing posts exactly once, and the ledgers beside them: cursor and dead letters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any
 
 import asyncpg
+import orjson
 
 from overtone.db.database import Connection, Database
 from overtone.db.partitions import ensure_months, is_plausible
@@ -35,21 +36,6 @@ class Cursor:
     epoch: int
     """Fencing number of its last leader."""
     moved_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """A span in which a stream may have missed posts."""
-
-    gap_id: int
-    stream: str
-    cause: str
-    started_at: datetime
-    ended_at: datetime | None
-    after_post_id: int | None
-    before_post_id: int | None
-    state: Literal["open", "closed", "repaired", "unrepairable"]
-    repaired_posts: int
 
 
 @dataclass(slots=True)
@@ -127,6 +113,15 @@ async def stored_ids(db: Database, *, after_post_id: int = 0, limit: int) -> lis
     return [row["post_id"] for row in rows]
 
 
+async def newest_posts(db: Database, limit: int) -> list[tuple[int, str, dict[str, Any]]]:
+    """Id, text and payload of the stored posts with the highest ids, newest first."""
+    async with db.acquire() as connection:
+        rows = await connection.fetch(
+            "SELECT post_id, text, payload::text AS payload FROM overtone.posts ORDER BY post_id DESC LIMIT $1", limit
+        )
+    return [(row["post_id"], row["text"], orjson.loads(row["payload"])) for row in rows]
+
+
 async def are_stored(db: Database, post_ids: Sequence[int]) -> bool:
     """Whether each of `post_ids`, which are different ones, is a stored post."""
     async with db.acquire() as connection:
@@ -150,81 +145,6 @@ async def write_dead_letter(db: Database, raw: bytes, reason: str, *, post_id: i
     """Put `raw` aside; the same bytes again only count an attempt. Give `post_id` if known: erasure looks for it."""
     async with db.transaction() as connection:
         await _write_dead_letters(connection, [(raw, reason, post_id)])
-
-
-async def open_gap(
-    db: Database,
-    stream: str,
-    cause: str,
-    *,
-    started_at: datetime | None = None,
-    after_post_id: int | None = None,
-    epoch: int | None = None,
-) -> int:
-    """Write down that `stream` may be missing posts from `started_at` (now) on; return the gap's id.
-
-    Raises:
-        FencedError: `epoch` is given and a later leader has taken over `stream`; nothing was written.
-    """
-    async with db.transaction() as connection:
-        await _require_leader(connection, stream, epoch)
-        return int(
-            await connection.fetchval(
-                "INSERT INTO overtone.stream_gaps (stream, cause, started_at, after_post_id)"
-                " VALUES ($1, $2, coalesce($3, now()), $4) RETURNING id",
-                stream,
-                cause,
-                started_at,
-                after_post_id,
-            )
-        )
-
-
-async def close_gap(
-    db: Database,
-    gap_id: int,
-    *,
-    state: Literal["closed", "repaired", "unrepairable"] = "closed",
-    before_post_id: int | None = None,
-    repaired_posts: int = 0,
-    epoch: int | None = None,
-) -> None:
-    """Write down that the gap ended, and what became of it: `closed` ones still wait for repair.
-
-    Raises:
-        FencedError: `epoch` is given and a later leader has taken over the stream; nothing was written.
-    """
-    async with db.transaction() as connection:
-        stream = await connection.fetchval("SELECT stream FROM overtone.stream_gaps WHERE id = $1", gap_id)
-        await _require_leader(connection, stream, epoch)
-        await connection.execute(
-            "UPDATE overtone.stream_gaps SET state = $2, ended_at = coalesce(ended_at, now()),"
-            " before_post_id = coalesce($3, before_post_id), repaired_posts = repaired_posts + $4 WHERE id = $1",
-            gap_id,
-            state,
-            before_post_id,
-            repaired_posts,
-        )
-
-
-async def list_gaps(db: Database, stream: str | None = None, *, limit: int = 100) -> list[Gap]:
-    """The newest gaps of `stream`, or of all streams."""
-    async with db.acquire() as connection:
-        rows = await connection.fetch(
-            "SELECT id AS gap_id, stream, cause, started_at, ended_at, after_post_id, before_post_id, state,"
-            " repaired_posts FROM overtone.stream_gaps WHERE $1::text IS NULL OR stream = $1"
-            " ORDER BY started_at DESC, id DESC LIMIT $2",
-            stream,
-            limit,
-        )
-    return [Gap(**row) for row in rows]
-
-
-async def _require_leader(connection: Connection, stream: str, epoch: int | None) -> None:
-    """Keep later leaders out until the transaction ends, or raise FencedError if there is one."""
-    newest = await connection.fetchval("SELECT epoch FROM overtone.stream_cursor WHERE stream = $1 FOR SHARE", stream)
-    if epoch is not None and newest is not None and newest > epoch:
-        raise FencedError(f"Another leader has taken over the stream {stream!r}.", stream=stream, epoch=epoch)
 
 
 def _prepare(posts: Sequence[Post], now: datetime) -> _Batch:

@@ -141,8 +141,20 @@ stream_gaps = Table(
     Column("before_post_id", BigInteger, comment="The first post after the gap."),
     Column("state", Text, nullable=False, server_default=text("'open'")),
     Column("repaired_posts", Integer, nullable=False, server_default=text("0")),
-    CheckConstraint("state IN ('open', 'closed', 'repaired', 'unrepairable')", name="state"),
+    Column("means", Text, comment="By what it was repaired: backfill, replay or search."),
+    Column("reason", Text, comment="Why not all of it was repaired."),
+    CheckConstraint("state IN ('open', 'closed', 'repaired', 'partly_repaired', 'accepted')", name="state"),
     Index("ix_stream_gaps_stream_started_at", "stream", "started_at"),
+)
+
+stream_connects = Table(
+    "stream_connects",
+    metadata,
+    _id(),
+    Column("stream", Text, nullable=False),
+    _instant("made_at"),
+    Index("ix_stream_connects_stream_made_at", "stream", "made_at"),
+    comment="Requests for a stream in the last quarter of an hour: what X allows is counted over all processes.",
 )
 
 dead_letters = Table(

@@ -12,18 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from overtone.db import Database
+from overtone.db.audit import read_audit
+from overtone.db.connects import connects_since, forget_connect, note_connect
 from overtone.db.erasure import erase_posts
+from overtone.db.gaps import accept_gaps, close_gap, list_gaps, open_gap, posts_between, settle_gap
 from overtone.db.partitions import ensure_partitions, month_of, partition_name
-from overtone.db.posts import (
-    claim_stream,
-    close_gap,
-    cursor,
-    list_gaps,
-    open_gap,
-    unclassified,
-    write_dead_letter,
-    write_posts,
-)
+from overtone.db.posts import claim_stream, cursor, unclassified, write_dead_letter, write_posts
 from overtone.db.predictions import Counts, counts, stats, write_predictions
 from overtone.errors import DatabaseUnavailableError, FencedError
 from overtone.schema import Post, Prediction, datetime_to_snowflake
@@ -295,11 +289,46 @@ async def test_gaps_are_opened_closed_and_listed(fresh_database: Database) -> No
     [seen] = await list_gaps(fresh_database, "s")
     assert (seen.gap_id, seen.state, seen.after_post_id, seen.ended_at) == (gap, "open", 5, None)
     await close_gap(fresh_database, gap, before_post_id=9)
-    await close_gap(fresh_database, gap, state="repaired", repaired_posts=3)
+    await settle_gap(fresh_database, gap, "repaired", repaired_posts=3, means="replay")
     [seen] = await list_gaps(fresh_database)
-    assert (seen.state, seen.before_post_id, seen.repaired_posts) == ("repaired", 9, 3)
+    assert (seen.state, seen.before_post_id, seen.repaired_posts, seen.means) == ("repaired", 9, 3, "replay")
     assert seen.ended_at is not None
     assert await list_gaps(fresh_database, "other") == []
+    await close_gap(fresh_database, gap, before_post_id=99)
+    [seen] = await list_gaps(fresh_database)
+    assert (seen.state, seen.before_post_id) == ("repaired", 9)
+
+
+async def test_a_gap_that_a_person_accepted_stays_accepted(fresh_database: Database) -> None:
+    ids = [await open_gap(fresh_database, "s", "network", after_post_id=5) for _ in range(3)]
+    for gap in ids[1:]:
+        await close_gap(fresh_database, gap, before_post_id=9)
+    await settle_gap(fresh_database, ids[1], "partly_repaired", repaired_posts=2, means="search", reason="retweets")
+    assert await accept_gaps(fresh_database, [*ids, 999_999], "a test of ours", actor="ann") == ids[1:]
+    await settle_gap(fresh_database, ids[2], "repaired", repaired_posts=4, means="search")
+    by_id = {gap.gap_id: gap for gap in await list_gaps(fresh_database)}
+    assert [by_id[one].state for one in ids] == ["open", "accepted", "accepted"]
+    assert (by_id[ids[2]].repaired_posts, by_id[ids[2]].reason) == (4, "a test of ours")
+    assert {entry.subject for entry in await read_audit(fresh_database, action="gap.accepted")} == set(
+        map(str, ids[1:])
+    )
+
+
+async def test_posts_of_a_stream_are_counted_between_two_ids(fresh_database: Database) -> None:
+    posts = [post() for _ in range(5)]
+    await write_posts(fresh_database, posts, stream="s")
+    await write_posts(fresh_database, [post()], stream="other")
+    assert await posts_between(fresh_database, "s", posts[0].post_id, posts[4].post_id) == 3
+
+
+async def test_connections_are_remembered_for_a_while(fresh_database: Database) -> None:
+    now, keep = datetime.now(UTC), timedelta(minutes=15)
+    await note_connect(fresh_database, "s", now - timedelta(minutes=20), keep=keep)
+    last = await note_connect(fresh_database, "s", now, keep=keep)
+    await note_connect(fresh_database, "other", now, keep=keep)
+    assert await connects_since(fresh_database, "s", now - timedelta(hours=1)) == [now]
+    await forget_connect(fresh_database, last)
+    assert await connects_since(fresh_database, "s", now - timedelta(hours=1)) == []
 
 
 async def test_a_lost_connection_is_unavailable_and_mends_itself(database: Database) -> None:

@@ -27,8 +27,8 @@ from ingest.posts import Generator, PostSource, open_posts
 from ingest.simulator import Simulator, SimulatorOptions
 from overtone.db import Database
 from overtone.db.embedded import EmbeddedPostgres
+from overtone.db.gaps import list_gaps
 from overtone.db.migrate import upgrade
-from overtone.db.posts import list_gaps
 from overtone.errors import OvertoneError, StreamFatalError
 from overtone.settings import Settings, environment_for, load_settings
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import pytest
@@ -11,15 +11,25 @@ from aiohttp import web
 
 from ingest.api import XApi
 from ingest.backoff import Backoff, Failure
-from ingest.options import RuleOption, StreamOptions
+from ingest.connection import Connected, Disconnected, Inbox
+from ingest.options import IngestOptions, RuleOption, StreamOptions
 from ingest.posts import Generator
 from ingest.simulator import Simulator, SimulatorOptions, main
-from ingest.stream import Connected, Disconnected, Inbox, StreamSupervisor
+from ingest.stream import StreamSupervisor
 from ingest.waiting import until_true
 from overtone.errors import StreamError, StreamFatalError
 
 RULES = (RuleOption(tag="all", value="cat lang:en"),)
-FIELDS = {"tweet_fields": ("author_id",), "expansions": ("author_id",)}
+
+
+def chosen(plan: Literal["self_serve", "enterprise"] = "self_serve", **stream: Any) -> IngestOptions:
+    return IngestOptions(
+        plan=plan,
+        rules=RULES,
+        tweet_fields=("author_id",),
+        expansions=("author_id",),
+        stream=StreamOptions(**{"connects_per_window": 5_000, **stream}),
+    )
 
 
 class QuickBackoff(Backoff):
@@ -73,8 +83,7 @@ class Held:
     def __init__(self, server: Server, api: XApi, **options: Any) -> None:
         self.inbox: Inbox = asyncio.Queue(options.pop("queue_lines", 10_000))
         self.backoff = QuickBackoff()
-        chosen = StreamOptions(**{"connects_per_window": 5_000, **options})
-        self.supervisor = StreamSupervisor(api, "t", rules=RULES, fields=FIELDS, options=chosen, backoff=self.backoff)
+        self.supervisor = StreamSupervisor(api, "t", options=chosen(**options), backoff=self.backoff)
         self.task = asyncio.create_task(self.supervisor.run(self.inbox))
 
     async def next(self, wanted: Callable[[object], bool]) -> object:
@@ -222,7 +231,7 @@ async def test_an_api_that_hangs_up_at_once_is_not_hammered() -> None:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     async with XApi(f"http://127.0.0.1:{runner.addresses[0][1]}", "t") as api:
-        supervisor = StreamSupervisor(api, "t", rules=RULES, fields={}, options=StreamOptions(connects_per_window=8))
+        supervisor = StreamSupervisor(api, "t", options=chosen(connects_per_window=8))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(supervisor.run(asyncio.Queue(1_000)), 3.0)
     await runner.cleanup()

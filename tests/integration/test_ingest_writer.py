@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from ingest.backlog import Backlog
-from ingest.options import RepairOptions, WriteOptions
+from ingest.connection import Connected, Disconnected, Inbox, StreamEvent
+from ingest.options import IngestOptions, WriteOptions
 from ingest.repair import Repairer
 from ingest.salvage import salvage
 from ingest.store import PostStore
-from ingest.stream import Connected, Disconnected, Inbox, StreamEvent
 from ingest.writer import Step, Writer, steps
 from overtone.errors import DatabaseUnavailableError
 from overtone.schema import Post
@@ -52,17 +52,15 @@ class BookRepairer(Repairer):
         super().__init__(
             None,  # type: ignore[arg-type]
             None,  # type: ignore[arg-type]
-            rules=(),
-            fields={},
-            options=RepairOptions(),
-            store=None,  # type: ignore[arg-type]
+            options=IngestOptions(),
+            found=None,  # type: ignore[arg-type]
         )
         self.book = book
 
     async def note_disconnected(self, cause: str) -> None:
         self.book.write(f"-{cause}")
 
-    async def note_connected(self, at: datetime) -> None:
+    async def note_connected(self, at: datetime, *, is_backfilled: bool = False) -> None:
         self.book.write("+")
 
 

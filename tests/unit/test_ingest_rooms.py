@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.api import plan_rules, search_queries
+from ingest.connection import LineSplitter, refusal
+from ingest.ledger import overlapping
 from ingest.options import IngestOptions, RuleOption, is_loopback, load_options, suited_to
 from ingest.pipeline import Pipeline, source_name
 from ingest.predict import Postponed, Refused, client_for, failure_of, outcomes_of, read_key
-from ingest.repair import overlapping
-from ingest.stream import LineSplitter, refusal
-from overtone.db.posts import Gap
+from overtone.db.gaps import Gap
 from overtone.errors import (
     ConfigurationError,
     InvalidInputError,
