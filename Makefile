@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help up down status test lint format bench bench-full clean
+.PHONY: help up down status test lint format bench bench-full fuzz clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -58,6 +58,9 @@ bench-full: $(VENV)/.installed-dev ## Measure everything, other servers too; plo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'$(CONSTRAINTS:%= -c %)
 	$(BIN)/python -m benchmarks.peers install || true
 	@exec $(BIN)/python -m benchmarks --full $(ARGS)
+
+fuzz: $(VENV)/.installed-dev ## Spoilt lines through parser and writer, for ten minutes. ARGS="--minutes 1 --seed 7"
+	@exec $(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 clean: ## Remove .venv and caches (not your data: that is in OVERTONE_HOME)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,7 +11,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -125,7 +125,7 @@ async def _measure(folder: Path, effort: _Effort) -> dict[str, Result]:
 
 async def _store_rounds(db: Database, source: "_Source", folder: Path, effort: _Effort) -> dict[str, Result]:
     posts, rounds = effort.posts, effort.rounds
-    async with _desk(db, folder) as desk:
+    async with open_desk(db, folder) as desk:
         # The other side holds a round of parsed posts, which makes the process larger once and for all.
         await _bare(db, source.posts(posts))
         await desk.throughput(source.lines(2_000))
@@ -209,12 +209,22 @@ class _Noted(PostStore):
         return new
 
 
-class _Desk:
+class Desk:
     """A writer at work, and the inbox that it empties."""
 
-    def __init__(self, inbox: Inbox, store: _Noted) -> None:
+    def __init__(self, inbox: Inbox, store: _Noted, writer: Writer, task: "asyncio.Task[None]") -> None:
         self._inbox = inbox
         self._store = store
+        self._writer = writer
+        self._task = task
+
+    async def store(self, lines: Sequence[bytes]) -> None:
+        """Have `lines` stored, whatever they hold; raises what made the writer end."""
+        for line in lines:
+            self._inbox.put_nowait(line)
+        await until_true(lambda: self._writer.is_idle or self._task.done(), every_s=0.005)
+        if self._task.done():
+            self._task.result()
 
     async def throughput(self, lines: Sequence[bytes]) -> float:
         """Posts a second when all of `lines` are there at once."""
@@ -241,7 +251,8 @@ class _Desk:
 
 
 @asynccontextmanager
-async def _desk(db: Database, folder: Path) -> Any:
+async def open_desk(db: Database, folder: Path) -> AsyncIterator["Desk"]:
+    """The product's writer at work on `db`, with its spool in `folder`; nothing is classified."""
     epoch = await claim_stream(db, _STREAM)
     client = PredictClient("http://127.0.0.1:1", "X-API-Key", lambda: "")
     store = _Noted(db, _NoClassifier(db, client, ClassifyOptions()), epoch=epoch)
@@ -252,7 +263,7 @@ async def _desk(db: Database, folder: Path) -> Any:
     writer = Writer(inbox, backlog, store, repairer, stream=_STREAM, options=WriteOptions())
     task = asyncio.create_task(writer.run())
     try:
-        yield _Desk(inbox, store)
+        yield Desk(inbox, store, writer, task)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -12,6 +12,8 @@ from overtone.schema import Post, snowflake_to_datetime
 from overtone.text import storable
 
 _MAX_POST_ID = 2**63 - 1
+_MAX_TAG_CHARS = 200
+_MAX_TITLE_CHARS = 200
 _ESCAPES_NEED_CARE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
@@ -111,8 +113,8 @@ def _refuse_constant(name: str) -> Any:
 
 def _problem_of(errors: Any) -> StreamProblem:
     first = next(iter(_objects(errors)), {})
-    title = str(first.get("title") or first.get("message") or "error")
-    kind = str(first.get("type") or "").rstrip("/").rpartition("/")[2]
+    title = str(first.get("title") or first.get("message") or "error")[:_MAX_TITLE_CHARS]
+    kind = str(first.get("type") or "").rstrip("/").rpartition("/")[2][:_MAX_TITLE_CHARS]
     return StreamProblem(title=title, detail=str(first.get("detail") or ""), kind=kind or title)
 
 
@@ -151,9 +153,9 @@ def _instant(value: Any) -> datetime | None:
 
 
 def message_tags(message: dict[str, Any]) -> tuple[str, ...]:
-    """The tags of the rules that `message` matched, each once."""
+    """The tags of the rules that `message` matched, each once, fit for a column and for the label of a metric."""
     tags = (rule.get("tag") for rule in _objects(message.get("matching_rules")))
-    return tuple(dict.fromkeys(tag for tag in tags if isinstance(tag, str) and tag))
+    return tuple(dict.fromkeys(storable(tag)[:_MAX_TAG_CHARS] for tag in tags if isinstance(tag, str) and tag))
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:

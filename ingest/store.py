@@ -15,7 +15,7 @@ from overtone.errors import OvertoneError
 from overtone.logging import get_logger
 from overtone.schema import Post
 
-_MAX_DEAD_LETTER_BYTES = 65_536
+MAX_DEAD_LETTER_BYTES = 65_536
 
 _log = get_logger()
 
@@ -88,7 +88,7 @@ class PostStore:
         Raises:
             DatabaseUnavailableError: try again.
         """
-        await write_dead_letter(self._db, bad.raw[:_MAX_DEAD_LETTER_BYTES], bad.reason)
+        await write_dead_letter(self._db, bad.raw[:MAX_DEAD_LETTER_BYTES], bad.reason)
         metrics.DEAD_LETTERS.labels(bad.reason).inc()
         self.status.dead_letters += 1
         _log.warning("line.put_aside", reason=bad.reason, size_bytes=len(bad.raw))

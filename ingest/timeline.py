@@ -76,6 +76,13 @@ class Timeline:
             self._forgotten += self._keep
         return count
 
+    def publish_until(self, now: float) -> None:
+        """Publish all that is due at `now`, however long ago it was."""
+        moment = self._origin
+        while moment < now:
+            moment = min(moment + _LONGEST_CATCH_UP_S, now)
+            self.publish_due(moment)
+
     def silence(self) -> None:
         """Publish nothing more; what was published stays."""
         self._limit = self.end

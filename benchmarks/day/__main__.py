@@ -28,10 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--kills", type=int, default=18, help="kill -9 of ingestion, API and PostgreSQL (default: 18)")
     parser.add_argument("--ingest", type=int, default=1, help="processes of the ingestion (default: 1)")
+    parser.add_argument("--real", type=int, default=0, help="posts that the model classifies (default: none)")
+    parser.add_argument("--outage", type=float, default=0.0, help="seconds for which PostgreSQL is gone once")
+    parser.add_argument(
+        "--plan", choices=("self_serve", "enterprise"), default="self_serve", help="how gaps are filled"
+    )
     parser.add_argument("--patience", type=float, default=900.0, help="seconds to wait for order afterwards")
     parser.add_argument("--folder", type=Path, help="where data and logs go (default: a temporary folder)")
     given = parser.parse_args(arguments)
-    day = Day(given.posts, given.minutes * 60, given.seed, given.kills)
+    day = Day(given.posts, given.minutes * 60, given.seed, given.kills, given.real, given.outage, given.plan)
     if given.folder is not None:
         return asyncio.run(_live(day, given.folder.absolute(), given.ingest, given.patience))
     with tempfile.TemporaryDirectory(prefix="overtone-day-", dir="/tmp") as folder:

@@ -16,6 +16,22 @@ class Day:
     """How long posts are published."""
     seed: int = 7
     kills: int = 6
+    real: int = 0
+    """About so many of the posts are classified by the model, the rest by an engine without one."""
+    outage_s: float = 0.0
+    """How long PostgreSQL is gone once, from a third of the day on."""
+    plan: Literal["self_serve", "enterprise"] = "self_serve"
+    """By which means gaps are filled."""
+
+    @property
+    def real_share(self) -> float:
+        """Of the posts, by the model."""
+        return min(self.real / self.posts, 1.0)
+
+    @property
+    def outage_at_s(self) -> float | None:
+        """When PostgreSQL goes for long; None when it does not."""
+        return self.seconds / 3 if self.outage_s else None
 
     @property
     def rate(self) -> float:
@@ -87,10 +103,12 @@ def kills(day: Day) -> list[tuple[float, Victim]]:
     return list(zip(moments, order, strict=True))
 
 
-OPTIONS: dict[str, Any] = {
-    "stream": {"stall_s": 4.0},
-    "classify": {"scan_every_s": 2.0},
-    "repair": {"overlap_s": 2.0, "settle_s": 1.0, "first_start_back_s": 3600.0},
-    "compliance": {"mode": "stream", "flush_s": 0.5},
-}
-"""The options of the ingestion. Waits after refusals are X's own."""
+def options(day: Day) -> dict[str, Any]:
+    """The options of the ingestion. Waits after refusals are X's own."""
+    return {
+        "plan": day.plan,
+        "stream": {"stall_s": 4.0},
+        "classify": {"scan_every_s": 2.0},
+        "repair": {"overlap_s": 2.0, "settle_s": 1.0, "first_start_back_s": 3600.0},
+        "compliance": {"mode": "stream", "flush_s": 0.5},
+    }

@@ -6,10 +6,13 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.day.api import STAND_IN_CONFIDENCE
 from overtone.db.database import Database
 from overtone.db.gaps import Gap, list_gaps
 
 _PAGE = 200_000
+_MOST_CONNECTS = 50
+"""What X allows in 15 minutes."""
 
 
 @dataclass(slots=True)
@@ -37,12 +40,16 @@ class Verdict:
     most_attempts: int = 0
     """The most requests for the stream in 15 minutes."""
     faults: dict[str, int] = field(default_factory=dict)
+    by_model: int = 0
+    """Predictions that the model made; the rest are of the engine without one."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was sent and not deleted is stored and predicted once, and every difference has a name."""
+        """Whether all that was sent and not deleted is stored and predicted once, every difference has a name, and X
+        was asked for the stream no more often than it allows.
+        """
         wrong = self.unexplained + self.left_over + self.strangers + self.without_prediction + self.doubled
-        return wrong == 0 and self.tallied == self.stored
+        return wrong == 0 and self.tallied == self.stored and self.most_attempts <= _MOST_CONNECTS
 
     def shown(self) -> dict[str, Any]:
         """The account for JSON."""
@@ -76,6 +83,9 @@ async def judge(db: Database, url: str, source: str = "simulator") -> Verdict:
     async with db.acquire() as connection:
         stored = {row[0] for row in await connection.fetch("SELECT post_id FROM overtone.posts")}
         predictions = await connection.fetch("SELECT post_id FROM overtone.predictions")
+        by_model = await connection.fetchval(
+            "SELECT count(*) FROM overtone.predictions WHERE confidence <> $1::real", STAND_IN_CONFIDENCE
+        )
         tallied = await connection.fetchval(
             "SELECT coalesce(sum(count), 0) FROM overtone.tallies WHERE kind = 'posts' AND minute = '-infinity'"
         )
@@ -100,6 +110,7 @@ async def judge(db: Database, url: str, source: str = "simulator") -> Verdict:
         gaps=counts,
         most_attempts=int(ledger["most_attempts_in_window"]),
         faults=dict(ledger["faults"]),
+        by_model=int(by_model),
     )
 
 

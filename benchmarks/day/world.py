@@ -14,16 +14,16 @@ from typing import IO, Self
 
 import yaml
 
-from benchmarks.day.script import OPTIONS, Day, Victim, kills, scenario
+from benchmarks.day.script import Day, Victim, kills, options, scenario
 from benchmarks.day.verdict import Verdict, judge
 from overtone.cli.plan import free_ports
 from overtone.db.database import Database
 from overtone.db.embedded import EmbeddedPostgres
+from overtone.db.keys import create_key
 from overtone.db.migrate import upgrade
 from overtone.errors import OvertoneError
 from overtone.settings import environment_for, load_settings
 
-_KEY = "ovt_day"
 _RESTART_AFTER_S = 1.0
 _LOOK_EVERY_S = 2.0
 
@@ -52,7 +52,7 @@ class World:
         url = await asyncio.to_thread(self._server.start)
         await upgrade(url)
         (self.folder / "day.yaml").write_text(yaml.safe_dump(scenario(self.day)))
-        (self.folder / "ingest.yaml").write_text(yaml.safe_dump(OPTIONS))
+        (self.folder / "ingest.yaml").write_text(yaml.safe_dump(options(self.day)))
         simulator, api = free_ports(2)
         self.simulator_url = f"http://127.0.0.1:{simulator}"
         settings = load_settings(overtone_home=self.folder / "home", api_port=api, api_host="127.0.0.1")
@@ -61,14 +61,14 @@ class World:
             DATABASE_URL=url,
             X_API_BASE_URL=self.simulator_url,
             TWITTER_BEARER_TOKEN="t",
-            OVERTONE_API_KEY=_KEY,
+            OVERTONE_API_KEY=await _key_of(url),
             LOG_LEVEL="WARNING",
         )
         python = sys.executable
         day = str(self.folder / "day.yaml")
         self._commands = {
             "simulator": [python, "-m", "ingest.simulator", "--port", str(simulator), "--scenario", day],
-            "api": [python, "-m", "benchmarks.day.standin", str(api)],
+            "api": [python, "-m", "benchmarks.day.api", str(api), str(self.day.real_share)],
         }
         for number in range(self.ingest_processes):
             self._commands[f"ingest-{number}"] = [python, "-m", "ingest", "--config", str(self.folder / "ingest.yaml")]
@@ -92,10 +92,13 @@ class World:
     async def live_through(self, *, patience_s: float) -> Verdict:
         """The day with its kills; then wait at most `patience_s` for order, and give the account."""
         began = time.monotonic()
-        due = kills(self.day)
+        due, outage_at = kills(self.day), self.day.outage_at_s
         while time.monotonic() - began < self.day.seconds or due:
             await asyncio.sleep(0.1)
             self._mend()
+            if outage_at is not None and time.monotonic() - began >= outage_at:
+                outage_at = None
+                await self._without_postgres(self.day.outage_s)
             while due and time.monotonic() - began >= due[0][0]:
                 await self._kill(due.pop(0)[1])
         deadline = time.monotonic() + patience_s
@@ -122,13 +125,20 @@ class World:
     async def _kill(self, victim: Victim) -> None:
         self.killed.append(victim)
         if victim == "postgres":
-            if self._server.pid is not None:
-                os.kill(self._server.pid, signal.SIGKILL)
-            await asyncio.sleep(_RESTART_AFTER_S)
-            await asyncio.to_thread(self._server.start)
+            await self._without_postgres(_RESTART_AFTER_S)
             return
         names = [name for name in self._running if name.startswith(victim)]
         self._running[names[len(self.killed) % len(names)]].kill()
+
+    async def _without_postgres(self, seconds: float) -> None:
+        """Kill it, and start it again after a while in which everything else lives on."""
+        if self._server.pid is not None:
+            os.kill(self._server.pid, signal.SIGKILL)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            await asyncio.sleep(min(max(until - time.monotonic(), 0.0), 0.5))
+            self._mend()
+        await asyncio.to_thread(self._server.start)
 
     def _mend(self) -> None:
         """Start again what died a while ago."""
@@ -142,3 +152,12 @@ class World:
         self._running[name] = subprocess.Popen(
             self._commands[name], env=self._environment, stdout=self._log, stderr=self._log
         )
+
+
+async def _key_of(url: str) -> str:
+    db = await Database.open(url, max_size=1)
+    try:
+        _, secret = await create_key(db, "the day's ingestion", ["predict"])
+        return secret
+    finally:
+        await db.close()

@@ -33,6 +33,8 @@ class SimulatorOptions(BaseModel):
     """Posts published a second."""
     limit: _Count | None = None
     """Posts published in all; then only keep-alives. None for no end."""
+    history_s: float = Field(0.0, ge=0, le=7 * 86_400)
+    """For how long it has published already when it starts: what a first search or replay can find."""
     seed: int = 0
     """Of the posts and of every choice that a scenario leaves open."""
     posts: Path | None = None

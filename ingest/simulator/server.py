@@ -60,7 +60,9 @@ class Simulator:
         """`scenario` adds its steps; its own options are not looked at."""
         self._options = options
         self.rulebook = Rulebook(parse if options.evaluates_rules else None)
-        self.timeline = Timeline(source, rate=options.rate, started_at=time.time(), limit=options.limit)
+        started_at = time.time() - options.history_s
+        self.timeline = Timeline(source, rate=options.rate, started_at=started_at, limit=options.limit)
+        self.timeline.publish_until(time.time())
         self.ledger = Ledger(LEDGER_WINDOW_S)
         self.redactions = Redactions(self.timeline, self.ledger, source, random.Random(f"redact:{options.seed}"))
         self._schedule = (scenario or Scenario()).schedule()

@@ -10,7 +10,7 @@ from benchmarks.day.world import World
 from ingest.simulator.faults import COMPLIANCE, KINDS
 from ingest.simulator.scenario import parse_scenario
 
-SHORT = Day(posts=12_000, seconds=60.0, seed=7, kills=6)
+SHORT = Day(posts=12_000, seconds=60.0, seed=7, kills=6, real=1_200)
 _BRIEF = {"silence", "drop", "undrop", "withhold", "edit", "scrub_geo"}
 """Faults that leave nothing to compare, or only change what is kept of a post."""
 
@@ -52,4 +52,5 @@ async def test_a_day_of_every_fault_adds_up() -> None:
     assert verdict.stored == verdict.predicted == verdict.published - verdict.deleted - verdict.missing
     assert verdict.deleted > 0
     assert verdict.most_attempts <= 50
+    assert verdict.by_model > 0
     assert set(world.killed) == {"ingest", "api", "postgres"}

@@ -99,3 +99,38 @@ def test_the_api_has_the_last_word_on_the_budget() -> None:
     assert budget.wait_s() == 0
     budget.learn(remaining=3, reset_in_s=300)
     assert budget.wait_s() == 0
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 60), st.booleans()), min_size=1, max_size=300),
+    st.integers(2, 60),
+)
+def test_no_window_ever_holds_more_connections_however_often_the_process_dies(
+    steps: list[tuple[float, bool]], limit: int
+) -> None:
+    clock = Clock()
+    budget = ConnectBudget(clock, limit=limit, window_s=900)
+    times: list[float] = []
+    for pause, dies in steps:
+        clock.now += pause
+        if dies:
+            budget = ConnectBudget(clock, limit=limit, window_s=900)
+            budget.remember(clock.now - time for time in times if clock.now - time <= 900)
+        if budget.wait_s() <= 0:
+            budget.spend()
+            times.append(clock.now)
+    for index, time in enumerate(times):
+        assert len([later for later in times[index:] if later < time + 900]) <= limit
+
+
+def test_what_never_reached_the_api_is_given_back() -> None:
+    clock = Clock()
+    budget = ConnectBudget(clock, limit=2, window_s=900)
+    for _ in range(5):
+        assert budget.wait_s() == 0
+        budget.spend()
+        budget.give_back()
+    budget.spend()
+    assert budget.wait_s() > 0
+    budget.remember([])
+    assert budget.wait_s() == 0

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.api import plan_rules, search_queries
+from ingest.api import plan_rules, search_queries, search_shortcoming
 from ingest.connection import LineSplitter, refusal
 from ingest.ledger import overlapping
-from ingest.options import IngestOptions, RuleOption, is_loopback, load_options, suited_to
+from ingest.options import IngestOptions, RuleOption, StreamOptions, is_loopback, load_options, suited_to
 from ingest.pipeline import Pipeline, source_name
 from ingest.predict import Postponed, Refused, client_for, failure_of, outcomes_of, read_key
 from overtone.db.gaps import Gap
@@ -102,6 +102,19 @@ def test_short_rules_share_a_search() -> None:
     assert search_queries([rule("a", "cat sample:10")]) == []
 
 
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        (["cat -is:retweet", "(a OR b) -is:retweet lang:en"], None),
+        (["cat -is:retweet", "dog"], "retweets"),
+        (["cat -is:retweet", "dog -is:retweet sample:10"], "operators"),
+    ],
+)
+def test_what_a_search_cannot_find_is_known(values: list[str], why: str | None) -> None:
+    said = search_shortcoming([rule(str(number), value) for number, value in enumerate(values)])
+    assert said is None if why is None else why in (said or "")
+
+
 # Gaps
 
 
@@ -136,6 +149,10 @@ def test_a_later_file_wins_value_by_value(tmp_path: Path) -> None:
         ("rate: 5\n", "rate"),
         ("write: {flush_s: -1}\n", "write.flush_s"),
         ("rules: []\n", "rules"),
+        ("stream: {endpoint: firehose}\n", "from 1 to 20"),
+        ("stream: {endpoint: sample10, partition: 3}\n", "from 1 to 2"),
+        ("stream: {partition: 1}\n", "sample10 and firehose"),
+        ("stream: {endpoint: firehose, partition: 1}\n", "enterprise"),
         ("rules: [{tag: a, value: x}, {tag: a, value: y}]\n", "same tag"),
         ("[1]\n", "by name"),
         ("a: [\n", "cannot be read"),
@@ -161,6 +178,23 @@ def test_the_simulator_is_known_by_its_address(url: str, expected: bool) -> None
     assert is_loopback(url) is expected
     assert (source_name(url) == "simulator") is expected
     assert (suited_to(url, None).repair.first_start_back_s > 0) is expected
+
+
+def test_a_partition_is_a_stream_of_its_own() -> None:
+    names = [
+        source_name(url, StreamOptions(endpoint="firehose", partition=number))
+        for url in ("https://api.x.com", "http://localhost:1")
+        for number in (1, 2)
+    ]
+    assert names == ["firehose_1", "firehose_2", "simulator_firehose_1", "simulator_firehose_2"]
+    options = StreamOptions(endpoint="firehose", partition=7)
+    assert (options.path, options.parameters) == ("/2/tweets/firehose/stream", {"partition": "7"})
+    assert (StreamOptions().path, StreamOptions().parameters) == ("/2/tweets/search/stream", {})
+
+
+def test_only_fields_that_are_wanted_are_asked_for() -> None:
+    options = IngestOptions(tweet_fields=("lang",), user_fields=("username",), expansions=("author_id",))
+    assert options.fields == {"tweet_fields": ["lang"], "user_fields": ["username"], "expansions": ["author_id"]}
 
 
 @pytest.mark.parametrize("missing", ["DATABASE_URL", "TWITTER_BEARER_TOKEN"])
