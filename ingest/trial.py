@@ -42,7 +42,9 @@ def subject_of(number: int, text: str, payload: Mapping[str, Any] | None = None)
     users = includes.get("users") if isinstance(includes, dict) else None
     names = [user.get("username") for user in users or () if isinstance(user, dict)]
     author_id = str(post.get("author_id") or "")
-    return Subject({**post, "text": text, "author_id": author_id, "username": str(names[0] if names else "")}, number)
+    return Subject(
+        {**post, "text": text, "author_id": author_id, "username": str(names[0] if names else "").lower()}, number
+    )
 
 
 def _readable(value: str) -> Rule | str:

@@ -1,6 +1,7 @@
 """One connection to the simulator's stream: posts in their order, and the faults that are due on it."""
 
 import asyncio
+import contextlib
 import json
 import random
 import uuid
@@ -74,6 +75,7 @@ class Feed:
         self._end = end
         self._packer: Any = None
         self._slow_until = 0.0
+        self._wrote_at = asyncio.get_running_loop().time()
 
     @property
     def is_replay(self) -> bool:
@@ -90,15 +92,19 @@ class Feed:
                 await self._obey(self.commands.popleft())
             elif self._end is not None and self._position >= self._end:
                 self.is_over = True
+            elif self._keep_alive_in_s() <= 0:
+                # Posts that are not for this client come meanwhile, or none do.
+                await self._write(b"\r\n")
             elif self._position < self._source.timeline.end:
                 await self._send_posts()
             else:
-                try:
-                    await asyncio.wait_for(self.wake.wait(), self._source.keep_alive_s)
-                except TimeoutError:
-                    await self._write(b"\r\n")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), self._keep_alive_in_s())
         if self._packer is not None and not self._was_reset:
             await self._response.write(self._packer.flush())
+
+    def _keep_alive_in_s(self) -> float:
+        return self._wrote_at + self._source.keep_alive_s - asyncio.get_running_loop().time()
 
     @property
     def _was_reset(self) -> bool:
@@ -203,6 +209,7 @@ class Feed:
             await self._put(data)
 
     async def _put(self, data: bytes) -> None:
+        self._wrote_at = asyncio.get_running_loop().time()
         if self._packer is not None:
             data = self._packer.compress(data) + self._packer.flush(zlib.Z_SYNC_FLUSH)
         await self._response.write(data)

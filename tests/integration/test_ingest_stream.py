@@ -167,6 +167,39 @@ async def test_silence_ends_a_connection(server: Server, hold: Callable[..., Hel
     await held.next(is_line)
 
 
+async def test_silence_is_noticed_within_25_seconds(server: Server, hold: Callable[..., Held]) -> None:
+    """With the values that apply when nobody says otherwise, and after the last byte."""
+    held = hold()
+    await held.next(is_line)
+    loop = asyncio.get_running_loop()
+    assert await server.fault("stall", amount=60)
+    began = loop.time()
+    async with asyncio.timeout(40):
+        assert isinstance(gone := await until_gone(held), Disconnected)
+    assert gone == Disconnected("stall")
+    assert 20 <= loop.time() - began <= 25
+
+
+async def until_gone(held: Held) -> object:
+    while not is_disconnected(event := await held.inbox.get()):
+        pass
+    return event
+
+
+async def test_keep_alives_come_while_posts_are_for_others() -> None:
+    """A rule that matches nothing must not look like a stream that is dead."""
+    options = {"evaluates_rules": True, "keep_alive_s": 0.2}
+    async with Server(**options) as server, XApi(server.url, "t") as api:
+        held = Held(server, api, stall_s=1.0)
+        await held.next(is_connected)
+        for rule in server.simulator.rulebook.rules:
+            server.simulator.rulebook.change({"delete": {"ids": [rule.rule_id]}}, dry_run=False)
+        server.simulator.rulebook.change({"add": [{"value": "from:nobody"}]}, dry_run=False)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(held.next(is_disconnected), 2.5)
+        await held.stop()
+
+
 async def test_keep_alives_hold_a_quiet_connection() -> None:
     async with Server(limit=1, keep_alive_s=0.1) as server, XApi(server.url, "t") as api:
         held = Held(server, api, stall_s=1.0)

@@ -22,6 +22,7 @@ from overtone.spool import Record, Spool
 
 MIB = 2**20
 OPTIONS = WriteOptions(batch_rows=10, flush_s=0.01)
+USUAL = WriteOptions(flush_s=0.01)
 
 
 class Book:
@@ -67,10 +68,10 @@ class BookRepairer(Repairer):
 class Desk:
     """A writer at work on a folder."""
 
-    def __init__(self, folder: Path, book: Book, max_bytes: int = MIB) -> None:
+    def __init__(self, folder: Path, book: Book, max_bytes: int = MIB, options: WriteOptions = OPTIONS) -> None:
         self.inbox: Inbox = asyncio.Queue(100_000)
         self.backlog = Backlog(Spool(folder, max_bytes))
-        self.writer = Writer(self.inbox, self.backlog, BookStore(book), BookRepairer(book), stream="s", options=OPTIONS)
+        self.writer = Writer(self.inbox, self.backlog, BookStore(book), BookRepairer(book), stream="s", options=options)
         self.task = asyncio.create_task(self.writer.run())
 
     async def close(self) -> None:
@@ -93,8 +94,8 @@ async def until(holds: Callable[[], bool]) -> None:
 async def open_desk(tmp_path: Path) -> AsyncIterator[Callable[..., Desk]]:
     async with contextlib.AsyncExitStack() as stack:
 
-        def make(book: Book, max_bytes: int = MIB) -> Desk:
-            desk = Desk(tmp_path / "spool", book, max_bytes)
+        def make(book: Book, max_bytes: int = MIB, options: WriteOptions = OPTIONS) -> Desk:
+            desk = Desk(tmp_path / "spool", book, max_bytes, options)
             stack.push_async_callback(desk.close)
             return desk
 
@@ -122,6 +123,21 @@ async def test_what_waits_on_disk_is_stored_in_order(open_desk: Callable[..., De
     assert book.said == ["1", "2", "-reset", "3", "+", *map(str, range(4, 60))]
     desk.inbox.put_nowait(line(60))
     await until(lambda: book.said[-1] == "60")
+
+
+async def test_ten_minutes_without_the_database_are_stored_in_order(open_desk: Callable[..., Desk]) -> None:
+    """As many lines as X sends in that time at its most, 250 a second; memory holds none of them."""
+    book, count = Book(), 150_000
+    book.is_away = True
+    desk = open_desk(book, 256 * MIB, USUAL)
+    for start in range(0, count, 10_000):
+        for number in range(start + 1, start + 10_001):
+            desk.inbox.put_nowait(line(number))
+        await until(desk.inbox.empty)
+    await until(lambda: desk.backlog.size_bytes > count * 30)
+    book.is_away = False
+    await asyncio.wait_for(desk.writer.finish(), 250)
+    assert book.said == [*map(str, range(1, count + 1))]
 
 
 async def test_a_killed_process_leaves_its_backlog_to_the_next(tmp_path: Path) -> None:
