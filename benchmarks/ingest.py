@@ -110,7 +110,7 @@ async def _measure(folder: Path, effort: _Effort) -> dict[str, Result]:
         await upgrade(url)
         db = await Database.open(url, max_size=8)
         try:
-            source = _Source()
+            source = Source()
             results = await _store_rounds(db, source, folder, effort)
             if effort.target is not None:
                 count, rounds = effort.classified, range(effort.rounds)
@@ -123,7 +123,7 @@ async def _measure(folder: Path, effort: _Effort) -> dict[str, Result]:
         await asyncio.to_thread(server.stop)
 
 
-async def _store_rounds(db: Database, source: "_Source", folder: Path, effort: _Effort) -> dict[str, Result]:
+async def _store_rounds(db: Database, source: "Source", folder: Path, effort: _Effort) -> dict[str, Result]:
     posts, rounds = effort.posts, effort.rounds
     async with open_desk(db, folder) as desk:
         # The other side holds a round of parsed posts, which makes the process larger once and for all.
@@ -150,11 +150,12 @@ async def _store_rounds(db: Database, source: "_Source", folder: Path, effort: _
     }
 
 
-class _Source:
+class Source:
     """Lines as the stream would send them, of ever new posts: some thousand, again and again under other ids."""
 
-    def __init__(self) -> None:
-        started_at = (datetime.now(UTC) - timedelta(hours=1)).timestamp()
+    def __init__(self, back: timedelta = timedelta(hours=1)) -> None:
+        """The first posts are from so long ago, and each thousand is older than the one before it."""
+        started_at = (datetime.now(UTC) - back).timestamp()
         timeline = Timeline(Generator(seed=1), rate=_DIFFERENT, started_at=started_at)
         timeline.publish_due(started_at + 1.0)
         rules = [{"id": "1", "tag": "benchmark"}]
@@ -251,16 +252,16 @@ class Desk:
 
 
 @asynccontextmanager
-async def open_desk(db: Database, folder: Path) -> AsyncIterator["Desk"]:
-    """The product's writer at work on `db`, with its spool in `folder`; nothing is classified."""
-    epoch = await claim_stream(db, _STREAM)
+async def open_desk(db: Database, folder: Path, stream: str = _STREAM) -> AsyncIterator["Desk"]:
+    """The product's writer of `stream` at work on `db`, with its spool in `folder`; nothing is classified."""
+    epoch = await claim_stream(db, stream)
     client = PredictClient("http://127.0.0.1:1", "X-API-Key", lambda: "")
     store = _Noted(db, _NoClassifier(db, client, ClassifyOptions()), epoch=epoch)
-    ledger = Ledger(db, _STREAM, epoch)
+    ledger = Ledger(db, stream, epoch)
     repairer = Repairer(ledger, None, options=IngestOptions(), found=None)  # type: ignore[arg-type]
     inbox: Inbox = asyncio.Queue()
     backlog = Backlog(Spool(folder / "spool", 2**30))
-    writer = Writer(inbox, backlog, store, repairer, stream=_STREAM, options=WriteOptions())
+    writer = Writer(inbox, backlog, store, repairer, stream=stream, options=WriteOptions())
     task = asyncio.create_task(writer.run())
     try:
         yield Desk(inbox, store, writer, task)

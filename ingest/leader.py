@@ -13,7 +13,7 @@ from collections.abc import Callable
 import asyncpg
 
 from ingest.options import LeaderOptions
-from overtone.db.database import Connection, asyncpg_dsn, connection_errors, translated_errors
+from overtone.db.database import Connection, asyncpg_dsn, connection_errors, translated_errors, watch_silence
 from overtone.errors import DatabaseUnavailableError, FencedError, OvertoneError
 from overtone.logging import get_logger
 
@@ -91,6 +91,7 @@ class Leadership:
                 timeout=_CONNECT_TIMEOUT_S,
                 server_settings={"application_name": "overtone-ingest-leader"},
             )
+            await watch_silence(connection)
             self._connection = connection
             self._is_lost.clear()
             connection.add_termination_listener(self._note_lost)

@@ -1,6 +1,7 @@
 """A bounded pool of connections to PostgreSQL, and what its failures mean."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Self, TypeAlias, cast
@@ -14,6 +15,9 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 _ACQUIRE_TIMEOUT_S = 10.0
 _COMMAND_TIMEOUT_S = 60.0
+_SILENCE_S = 20
+"""How long a server on the network may leave bytes unacknowledged. The system's limit is a quarter of an hour, and a
+query on a connection that nothing comes through cannot be given up before."""
 
 _REFUSED = (
     asyncpg.InvalidAuthorizationSpecificationError,
@@ -61,6 +65,7 @@ class Database:
                 max_size=max_size,
                 timeout=_ACQUIRE_TIMEOUT_S,
                 command_timeout=_COMMAND_TIMEOUT_S,
+                init=watch_silence,
                 server_settings={"application_name": application_name},
             )
         database = cls(pool)
@@ -105,6 +110,23 @@ class Database:
         idle = self._pool.get_idle_size()
         metrics.DB_POOL.labels("idle").set(idle)
         metrics.DB_POOL.labels("in_use").set(self._pool.get_size() - idle)
+
+
+async def watch_silence(connection: Connection) -> None:
+    """Have the system break `connection` when a network between here and the server swallows everything."""
+    transport = getattr(connection, "_transport", None)
+    found = transport.get_extra_info("socket") if transport is not None else None
+    if found is None or found.family == getattr(socket, "AF_UNIX", None):
+        return
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_USER_TIMEOUT", _SILENCE_S * 1000),
+        ("TCP_KEEPIDLE", _SILENCE_S // 2),
+        ("TCP_KEEPINTVL", _SILENCE_S // 4),
+        ("TCP_KEEPCNT", 2),
+    ):
+        if hasattr(socket, name):  # Linux has all of them
+            found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def asyncpg_dsn(url: str) -> str:
