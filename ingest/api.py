@@ -45,11 +45,11 @@ class XApi:
         *,
         timeout_s: float = 30.0,
         gate: Gate | None = None,
-        may_end_others: Callable[[], bool] = lambda: True,
+        is_sure: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Posts are read only while `gate` is open; other connections are ended only while `may_end_others` says so."""
+        """Posts are read only while `gate` is open. `is_sure` says whether nobody else can be reading the stream."""
         self.base_url = base_url
-        self._may_end_others = may_end_others
+        self.is_sure = is_sure
         self.gate = gate or Gate()
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10.0)
         self._rules_client = AsyncStreamingClient(token, return_type=dict)
@@ -145,7 +145,7 @@ class XApi:
 
     async def end_stale_connections(self) -> None:
         """Ask X to drop the filtered-stream connection that it still counts."""
-        if not self._may_end_others():
+        if not self.is_sure():
             raise StreamError("the connection may be another leader's")
         await self._call(self._client._make_request("DELETE", "/2/connections/filtered_stream"))
 

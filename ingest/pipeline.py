@@ -105,8 +105,7 @@ class Pipeline:
                     self._settings.x_api_base_url,
                     self._token,
                     gate=self._spend,
-                    # X cannot be told which partition's connection is stale.
-                    may_end_others=lambda: leadership.is_sure and self._options.stream.has_rules,
+                    is_sure=lambda: leadership.is_sure,
                 )
             )
             self._classifier = Classifier(db, client, self._options.classify)

@@ -5,6 +5,7 @@ connect budget and the verdict on errors. Neither knows what a line means or whe
 """
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from overtone.errors import StreamError, StreamFatalError, StreamThrottledError
 from overtone.logging import get_logger
 
 _KILL_AGAIN_AFTER_S = 60.0
+_LOOK_EVERY_S = 0.1
 _MAX_BACKFILL_MINUTES = 5
 _OVERLAP = timedelta(seconds=30)
 """How far before the last byte X is asked to begin: posts come late and out of order by seconds."""
@@ -97,6 +99,7 @@ class StreamSupervisor:
             if was_connected:
                 await inbox.put(Disconnected(cause))
             await until_true(lambda: inbox.qsize() <= inbox.maxsize // 2, every_s=0.1)
+            await self._until_sure()
             await self._wait(await self._pause_after(error), cause)
 
     async def _one_life(self, inbox: Inbox) -> tuple[StreamError, bool]:
@@ -159,6 +162,19 @@ class StreamSupervisor:
             self.status.last_error = "as many posts were read as the cap allows; reading goes on in the next period"
             await self._api.gate.until_open()
 
+    async def _until_sure(self) -> None:
+        """Wait long before another connection for as long as another process may lead: where a new connection ends an
+        older one, two leaders would take it from each other again and again.
+        """
+        if self._api.is_sure():
+            return
+        wait_s = self._backoff.next_s(Failure.THROTTLED)
+        self.status.waiting_s = wait_s
+        _log.info("stream.waiting", wait_s=round(wait_s, 2), why="unsure to lead")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await until_true(self._api.is_sure, every_s=_LOOK_EVERY_S)
+
     def _note_opened(self) -> None:
         self.status.is_connected = True
         self.status.connects += 1
@@ -178,8 +194,11 @@ class StreamSupervisor:
         return self._backoff.next_s(Failure.NETWORK if status is None else Failure.HTTP)
 
     async def _kill_stale(self) -> bool:
-        """Drop the connection X still counts, at most once a minute: two clients must not fight over it."""
-        if self._clock() - self._killed_at < _KILL_AGAIN_AFTER_S:
+        """Drop the connection X still counts, at most once a minute: two clients must not fight over it.
+
+        Of a stream in partitions X cannot be told whose connection is stale.
+        """
+        if not self._options.has_rules or self._clock() - self._killed_at < _KILL_AGAIN_AFTER_S:
             return False
         self._killed_at = self._clock()
         try:
