@@ -10,7 +10,7 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
-from ingest.backoff import Backoff, Failure
+from ingest.backoff import Backoff, ConnectBudget, Failure
 from ingest.options import ComplianceOptions
 from ingest.waiting import until_it_works
 from overtone import metrics
@@ -22,6 +22,10 @@ from overtone.errors import OvertoneError, StreamError, UnavailableError
 from overtone.logging import get_logger
 
 _STALL_S = 25.0
+_STABLE_S = 30.0
+"""A connection that lasted this long was good: the waits start over."""
+_CONNECTS_PER_WINDOW = 100
+"""To all partitions of one compliance stream, in 15 minutes."""
 _MAX_EVENTS = 1_000
 _MAX_BACKFILL = timedelta(minutes=5)
 _FAILED_SWEEP_WAIT_S = 900.0
@@ -268,8 +272,9 @@ class ComplianceKeeper:
             partitions = range(1, self._options.partitions + 1)
             async with asyncio.TaskGroup() as tasks:
                 for of in ("tweets", "users"):
+                    budget = ConnectBudget(time.monotonic, limit=_CONNECTS_PER_WINDOW)
                     for partition in partitions:
-                        tasks.create_task(self._follow(api, of, partition))
+                        tasks.create_task(self._follow(api, of, partition, budget))
 
     async def _sweep_for_ever(self, api: ComplianceApi) -> None:
         name = f"{self._source}_compliance"
@@ -284,15 +289,17 @@ class ComplianceKeeper:
                 _log.warning("compliance.sweep_failed", reason=str(error))
                 await asyncio.sleep(min(_FAILED_SWEEP_WAIT_S, self._options.sweep_every_s))
 
-    async def _follow(self, api: ComplianceApi, of: str, partition: int) -> None:
+    async def _follow(self, api: ComplianceApi, of: str, partition: int, budget: ConnectBudget) -> None:
         """Hold one partition of a compliance stream and do what comes, in order."""
         name, backoff = f"{self._source}_compliance_{of}_{partition}", Backoff()
         while True:
+            await asyncio.sleep(budget.wait_s())
+            budget.spend()
+            began = time.monotonic()
             try:
                 async with api.events(f"/2/{of}/compliance/stream", await self._where(name, partition)) as response:
                     if response.status != 200:
                         raise StreamError(f"the X API answers {response.status}", status=response.status)
-                    backoff.reset()
                     await self._take(response.content, name)
                 failure = Failure.NETWORK
             except StreamError as error:
@@ -301,6 +308,8 @@ class ComplianceKeeper:
             except (aiohttp.ClientError, TimeoutError, OSError, UnavailableError) as error:
                 failure = Failure.NETWORK
                 _log.warning("compliance.stream_lost", stream=name, reason=type(error).__name__)
+            if time.monotonic() - began >= _STABLE_S:
+                backoff.reset()
             await asyncio.sleep(backoff.next_s(failure))
 
     async def _where(self, name: str, partition: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,29 @@ async def test_events_missed_while_away_are_asked_for_again(world: World) -> Non
     assert world.simulator.inflict(Fault(kind="delete", amount=10))
     async with keeping(world):
         await world.until_equal()
+
+
+async def test_streams_that_end_at_once_are_not_hammered(fresh_database: Database, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def ends(request: web.Request) -> web.Response:
+        asked.append(f"{request.path} {request.query['partition']}")
+        return web.Response(text="\r\n")
+
+    application = web.Application()
+    for of in ("tweets", "users"):
+        application.router.add_get(f"/2/{of}/compliance/stream", ends)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    eraser = open_eraser(load_settings(overtone_home=tmp_path), fresh_database)
+    address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(ComplianceKeeper(address, "t", eraser, source="s", options=QUICK).run(), 3.0)
+    await runner.cleanup()
+    # At once, and then after a quarter of a second more each time.
+    assert set(Counter(asked).values()) <= {2, 3, 4, 5, 6}
+    assert len(Counter(asked)) == 8
 
 
 async def test_a_sweep_removes_what_is_gone(world: World) -> None:
