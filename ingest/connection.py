@@ -17,11 +17,12 @@ from tweepy.asynchronous import AsyncStreamingClient
 
 from ingest.api import XApi
 from ingest.options import StreamOptions
-from overtone import metrics
 from overtone.errors import StreamError, StreamFatalError, StreamThrottledError
 from overtone.logging import get_logger
 
 _MAX_PROBLEM_BYTES = 65_536
+_HEAD_BYTES = 65_536
+"""What is kept of a line that is too long."""
 
 _log = get_logger()
 
@@ -48,14 +49,16 @@ Inbox = asyncio.Queue[StreamEvent]
 
 
 class LineSplitter:
-    """Cuts a byte stream into lines; one longer than `max_bytes` is dropped whole and counted in `dropped`."""
+    """Cuts a byte stream into lines. One longer than `max_bytes` is counted in `cut` and comes as its beginning alone:
+    that holds no whole post, so it ends among the dead letters like any other line that cannot be read.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._pieces: list[bytes] = []
         self._held = 0
         self._is_skipping = False
-        self.dropped = 0
+        self.cut = 0
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The lines that `chunk` completes, without their line ends."""
@@ -63,10 +66,8 @@ class LineSplitter:
         *ends, rest = chunk.split(b"\n")
         for end in ends:
             self._hold(end)
-            if not self._is_skipping:
-                lines.append(b"".join(self._pieces).rstrip(b"\r"))
-            self._is_skipping = False
-            self._forget()
+            lines.append(b"".join(self._pieces).rstrip(b"\r"))
+            self._pieces, self._held, self._is_skipping = [], 0, False
         self._hold(rest)
         return lines
 
@@ -74,15 +75,11 @@ class LineSplitter:
         if self._is_skipping or not piece:
             return
         self._held += len(piece)
+        self._pieces.append(piece)
         if self._held > self._max_bytes:
             self._is_skipping = True
-            self.dropped += 1
-            self._forget()
-        else:
-            self._pieces.append(piece)
-
-    def _forget(self) -> None:
-        self._pieces, self._held = [], 0
+            self.cut += 1
+            self._pieces = [b"".join(self._pieces)[: min(_HEAD_BYTES, self._max_bytes)]]
 
 
 class StreamConnection(AsyncStreamingClient):  # type: ignore[misc]
@@ -148,10 +145,9 @@ class StreamConnection(AsyncStreamingClient):  # type: ignore[misc]
             for line in splitter.feed(chunk):
                 if line:
                     await self.on_data(line)
-            if splitter.dropped:
-                metrics.DEAD_LETTERS.labels("line_too_long").inc(splitter.dropped)
-                _log.error("stream.line_dropped", limit_bytes=self._options.max_line_bytes)
-                splitter.dropped = 0
+            if splitter.cut:
+                _log.error("stream.line_cut", lines=splitter.cut, limit_bytes=self._options.max_line_bytes)
+                splitter.cut = 0
         raise StreamError("the X API closed the stream", cause="closed")
 
     async def on_connect(self) -> None:

@@ -35,8 +35,8 @@ class MixedEngine:
         self._real: Engine = open_engine(bundle, threads)
         self._parts = round(share * _PARTS)
         self._golden = set(map(_key, TextEncoder(bundle).encode([golden.text for golden in bundle.golden])))
-        rest = (1.0 - STAND_IN_CONFIDENCE) / (len(bundle.spec.labels) - 1)
-        self._answer = np.full(len(bundle.spec.labels), rest, dtype=np.float32)
+        rest = (1.0 - STAND_IN_CONFIDENCE) / (len(bundle.labels) - 1)
+        self._answer = np.full(len(bundle.labels), rest, dtype=np.float32)
         self._answer[0] = STAND_IN_CONFIDENCE
 
     def classify(self, token_ids: list[list[int]]) -> Probabilities:

@@ -141,3 +141,11 @@ def test_search_answers_become_stream_messages() -> None:
     assert second["includes"] == {"users": [{"id": "2", "name": "Two"}]}
     assert isinstance(post_of(second), Post)
     assert messages_of_search({"meta": {"result_count": 0}}) == []
+
+
+@given(
+    st.fixed_dictionaries({}, optional={"data": st.lists(json_values) | json_values, "includes": json_values})
+    | st.fixed_dictionaries({"data": st.lists(stream_like), "includes": st.fixed_dictionaries({"users": json_values})})
+)
+def test_any_search_answer_is_answered(answer: dict[str, Any]) -> None:
+    assert all(isinstance(post_of(message), Post | str) for message in messages_of_search(answer))
