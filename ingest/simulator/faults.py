@@ -44,7 +44,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "out_of_order": Kind("posts", 50, 10_000, "the next posts come shuffled"),
         "gzip": Kind("on", 1, 1, "1: the next connections are packed; 0: they are not"),
         "refuse": Kind("requests", 1, 100_000, "the next connections are answered with `status` (and `reason`)"),
-        "search_down": Kind("s", 30, 3_600, "search answers 503"),
+        "search_down": Kind("s", 30, 3_600, "search answers `status`, 503"),
         "silence": Kind("", 1, 1, "no post is published any more; what was published can still be read"),
         "delete": Kind("posts", 1, 100_000, "authors delete posts"),
         "drop": Kind("posts", 1, 100_000, "posts are hidden for a while"),
@@ -90,7 +90,7 @@ class Fault(BaseModel):
     amount: Annotated[float | None, BeforeValidator(seconds)] = None
     """How much of it, in the unit of its kind; None for the kind's default."""
     status: Literal[400, 401, 403, 404, 409, 429, 500, 502, 503, 504] = 503
-    """Of a refusal."""
+    """Of a refusal, and of searches that are down."""
     reason: Reason = "rate_limit"
     """Of a refusal with 429."""
     ids: tuple[int, ...] = Field((), max_length=100_000)

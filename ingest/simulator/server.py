@@ -78,7 +78,7 @@ class Simulator:
         self._feeds: list[Feed] = []
         self._refusals: deque[Fault] = deque()
         self._first_connected: float | None = None
-        self._search_down_until = 0.0
+        self._search_down_until, self._search_status = 0.0, 503
         self._packs = options.gzips
 
     @property
@@ -136,7 +136,7 @@ class Simulator:
             elif kind == "refuse":
                 self._refusals.extend([fault] * int(size))
             elif kind == "search_down":
-                self._search_down_until = time.monotonic() + size
+                self._search_down_until, self._search_status = time.monotonic() + size, fault.status
             elif kind == "gzip":
                 self._packs = bool(size)
             elif kind == "silence":
@@ -304,7 +304,7 @@ class Simulator:
 
     async def _recent(self, request: web.Request) -> web.Response:
         if time.monotonic() < self._search_down_until or self._is_capped:
-            return refused(429, "usage_cap") if self._is_capped else refused(503)
+            return refused(429, "usage_cap") if self._is_capped else refused(self._search_status)
         try:
             since_id, until_id = number_in(request, "since_id"), number_in(request, "until_id")
             max_results = number_in(request, "max_results") or 10

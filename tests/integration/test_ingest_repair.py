@@ -207,6 +207,18 @@ async def test_a_gap_that_cannot_be_filled_says_why(
     assert (gap.repaired_posts > 0) == (state == "partly_repaired")
 
 
+async def test_an_app_that_may_not_search_goes_on_reading(around: Surroundings) -> None:
+    await around.start_simulator(rate=50.0, history_s=60.0)
+    await around.leave_cursor(timedelta(minutes=2))
+    await around.fault("search_down", amount=3_600, status=403)
+    ingestion, _ = around.start(options())
+    [gap] = await around.until_settled(1)
+    assert (gap.state, gap.reason) == ("accepted", "X refuses the search")
+    before = len(await around.stored())
+    await eventually(lambda: reaches(around, before + 50))
+    assert ingestion.status()["connected"]
+
+
 async def test_a_process_that_dies_again_and_again_keeps_within_the_allowance(around: Surroundings) -> None:
     simulator = await around.start_simulator(rate=5.0)
     for _ in range(20):
