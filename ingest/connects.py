@@ -33,11 +33,11 @@ class ConnectLog:
         self._stream = stream
         self._unwritten: list[datetime] = []
 
-    async def ages_s(self) -> list[float]:
-        """How many seconds ago each request of the last window was made."""
+    async def ages_s(self) -> list[float] | None:
+        """How many seconds ago each request of the last window was made; None while the database is away."""
         now = datetime.now(UTC)
         found = await _soon(connects_since(self._db, self._stream, now - _WINDOW))
-        return [max((now - one).total_seconds(), 0.0) for one in found or ()]
+        return None if found is None else [max((now - one).total_seconds(), 0.0) for one in (*found, *self._unwritten)]
 
     async def note(self) -> int | None:
         """Write a request down; its number, by which it can be taken back."""
@@ -72,8 +72,10 @@ class Connects:
     async def until_allowed(self, wait: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         """Return when the next request may be made; `wait` waits so many seconds."""
         if not self._is_loaded and self._log is not None:
-            self._budget.remember(await self._log.ages_s())
-            self._is_loaded = True
+            ages_s = await self._log.ages_s()
+            if ages_s is not None:
+                self._budget.remember(ages_s)
+                self._is_loaded = True
         while (wait_s := self._budget.wait_s()) > 0:
             await wait(wait_s)
 
