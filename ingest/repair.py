@@ -34,6 +34,7 @@ _MAX_WAIT_S = 60.0
 _BACKFILL_PATIENCE_S = 600.0
 """How long a backfill may take before its gap is filled another way."""
 _LOOK_EVERY_S = 0.1
+_STALL_MARGIN_S = 2.0
 
 _log = get_logger()
 
@@ -100,6 +101,7 @@ class Repairer:
         self._shortcoming = search_shortcoming(options.rules) if options.stream.has_rules else "search knows no sample"
         self._fields = options.fields
         self._options = options.repair
+        self._stall_s = options.stream.stall_s
         self._found = found
         self._replay = replay
         self._is_idle = is_idle
@@ -194,9 +196,12 @@ class Repairer:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def _is_filled(self, pending: _Backfill) -> bool:
-        """Older posts come first: once newer ones have come for a while, or nothing has, there are no older ones."""
+        """Older posts come first: once newer ones have come for a while there are no older ones. A stream that brings
+        nothing has none either, once it has been silent for so long that it would have been left if it were dead.
+        """
         settled_at = pending.last_older_at + timedelta(seconds=self._options.settle_s)
-        return pending.newest >= settled_at or (datetime.now(UTC) >= settled_at and self._is_idle())
+        quiet_at = settled_at + timedelta(seconds=self._stall_s + _STALL_MARGIN_S)
+        return pending.newest >= settled_at or (datetime.now(UTC) >= quiet_at and self._is_idle())
 
     async def _settle_backfill(self, pending: _Backfill) -> None:
         gaps = [gap for gap in await self._waiting_gaps() if gap.gap_id in pending.gap_ids]

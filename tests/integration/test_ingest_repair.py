@@ -32,7 +32,7 @@ QUICK = RepairOptions(overlap_s=2.0, settle_s=0.5, first_start_back_s=0.0)
 
 
 def options(plan: str = "self_serve", **more: Any) -> IngestOptions:
-    stream = StreamOptions(connects_per_window=more.pop("connects_per_window", 1_000), stable_s=0.5)
+    stream = StreamOptions(connects_per_window=more.pop("connects_per_window", 1_000), stable_s=0.5, stall_s=3.0)
     return IngestOptions(**{"plan": plan, "stream": stream, "repair": QUICK, "drain_s": 2.0, **more})
 
 
@@ -45,7 +45,9 @@ class Surroundings:
         self._running: list[asyncio.Task[None]] = []
 
     async def start_simulator(self, source: PostSource | None = None, **chosen: Any) -> Simulator:
-        self.simulator = Simulator(SimulatorOptions(**{"rate": 100.0, **chosen}), source or Generator())
+        self.simulator = Simulator(
+            SimulatorOptions(**{"rate": 100.0, "keep_alive_s": 0.5, **chosen}), source or Generator()
+        )
         runner = web.AppRunner(self.simulator.application(), handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
@@ -134,7 +136,7 @@ async def around(fresh_postgres_url: str, fresh_database: Database, tmp_path: Pa
 
 async def test_a_short_gap_comes_with_the_next_connection(around: Surroundings) -> None:
     """Enterprise: X sends again what was missed, and nothing is searched for."""
-    simulator = await around.start_simulator(limit=600, has_backfill=True)
+    simulator = await around.start_simulator(limit=2_500, has_backfill=True)
     around.start(options("enterprise"))
     for count in (150, 300):
         await eventually(lambda count=count: reaches(around, count))  # type: ignore[misc]
