@@ -103,7 +103,7 @@ class OtherHost:
     def __exit__(self, *_: object) -> None:
         if hasattr(self, "_proxy"):
             self._proxy.kill()
-            self._proxy.wait()
+            self._proxy.communicate()
         _run(f"link del {self._here}")
         _run(f"netns del {self._name}")
 

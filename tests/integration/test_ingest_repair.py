@@ -46,7 +46,8 @@ class Surroundings:
 
     async def start_simulator(self, source: PostSource | None = None, **chosen: Any) -> Simulator:
         self.simulator = Simulator(
-            SimulatorOptions(**{"rate": 100.0, "keep_alive_s": 0.5, **chosen}), source or Generator()
+            SimulatorOptions(**{"rate": 100.0, "keep_alive_s": 0.5, "limits": {"connections": 100_000}, **chosen}),
+            source or Generator(),
         )
         runner = web.AppRunner(self.simulator.application(), handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
@@ -138,11 +139,12 @@ async def test_a_short_gap_comes_with_the_next_connection(around: Surroundings) 
     """Enterprise: X sends again what was missed, and nothing is searched for."""
     simulator = await around.start_simulator(limit=2_500, has_backfill=True)
     around.start(options("enterprise"))
-    for count in (150, 300):
-        await eventually(lambda count=count: reaches(around, count))  # type: ignore[misc]
+    for number in (1, 2):
+        before = len(await around.stored())
+        await eventually(lambda before=before: reaches(around, before + 100))  # type: ignore[misc]
         await around.fault("refuse", amount=1, status=503)
         await around.fault("close")
-        await eventually(lambda count=count: holds_gaps(around, count // 150))  # type: ignore[misc]
+        await around.until_settled(number)
     gaps = await around.until_settled(2)
     assert {(gap.state, gap.means, gap.cause) for gap in gaps} == {("repaired", "backfill", "closed")}
     await around.until_all_stored(min(await around.stored()) - 1)
@@ -154,8 +156,24 @@ async def reaches(around: Surroundings, count: int) -> bool:
     return len(await around.stored()) >= count
 
 
-async def holds_gaps(around: Surroundings, count: int) -> bool:
-    return len(await around.gaps()) >= count
+async def test_a_backfill_that_is_cut_off_is_replayed(around: Surroundings) -> None:
+    simulator = await around.start_simulator(limit=2_000, has_backfill=True)
+    patient = RepairOptions(overlap_s=2.0, settle_s=4.0)
+    around.start(options("enterprise", repair=patient))
+    await eventually(lambda: reaches(around, 100))
+    await around.fault("refuse", amount=1, status=503)
+    await around.fault("close")
+    await eventually(lambda: is_connected_again(simulator, 2))
+    await around.fault("reset")
+    gaps = await around.until_settled(2)
+    assert {gap.state for gap in gaps} == {"repaired"}
+    assert "replay" in {gap.means for gap in gaps}
+    await around.until_all_stored(min(await around.stored()) - 1)
+    assert simulator.ledger.found == 0
+
+
+async def is_connected_again(simulator: Simulator, times: int) -> bool:
+    return simulator.connects >= times
 
 
 @pytest.mark.parametrize("is_cut", [False, True])
