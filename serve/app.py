@@ -1,5 +1,6 @@
 """The Serve application: `serve run serve.app:build`, or `deploy` from Python."""
 
+import warnings
 from hashlib import sha256
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from serve.replica import ReplicaOptions, deployment
 from serve.rollout import LiveOptions
 
 _LIMITS = Limits()
+_REPORT_S = 2.0
+"""How often replicas report their work while their number may change."""
 
 
 class ServeArgs(BaseModel):
@@ -47,6 +50,9 @@ class ServeArgs(BaseModel):
     max_bulk_s: float = Field(_LIMITS.max_bulk_s, gt=0, le=86_400, description="As above, of both priorities.")
     interactive_deadline_s: float = Field(30.0, gt=0, le=3600)
     bulk_deadline_s: float = Field(600.0, gt=0, le=86_400)
+    drain_s: float = Field(
+        60.0, ge=1, le=3600, description="How long a replica that is taken away may take to answer what it has."
+    )
 
     @model_validator(mode="after")
     def _bounds_are_whole(self) -> Self:
@@ -90,7 +96,7 @@ def build(args: ServeArgs) -> Application:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=args.drain_s,
         logging_config=LoggingConfig(enable_access_log=False, encoding="JSON"),
         # Serve makes up a new version at every `serve.run`, which restarts every replica even when nothing but
         # `user_config` was changed. It takes a version of ours only as an internal option.
@@ -104,14 +110,18 @@ def _number(args: ServeArgs) -> dict[str, Any]:
     """How many replicas: a fixed number, or bounds and what decides between them."""
     if args.min_replicas is None or args.max_replicas is None:
         return {"num_replicas": args.replicas or load_settings().replicas}
-    scaling = AutoscalingConfig(
-        min_replicas=args.min_replicas,
-        max_replicas=args.max_replicas,
-        look_back_period_s=15.0,
-        upscale_delay_s=args.scale_up_delay_s,
-        downscale_delay_s=args.scale_down_delay_s,
-        policy=AutoscalingPolicy(policy_function="serve.scaling:scale_by_waiting_tokens"),
-    )
+    with warnings.catch_warnings():
+        # Serve 2.60 announces variables in place of `metrics_interval_s`, and reads none of them yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scaling = AutoscalingConfig(
+            min_replicas=args.min_replicas,
+            max_replicas=args.max_replicas,
+            metrics_interval_s=_REPORT_S,
+            look_back_period_s=15.0,
+            upscale_delay_s=args.scale_up_delay_s,
+            downscale_delay_s=args.scale_down_delay_s,
+            policy=AutoscalingPolicy(policy_function="serve.scaling:scale_by_waiting_tokens"),
+        )
     return {"autoscaling_config": scaling}
 
 

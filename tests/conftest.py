@@ -67,6 +67,12 @@ def postgres_url(embedded_postgres: EmbeddedPostgres, _migrated_template: str) -
     yield from _fresh_database(embedded_postgres, _migrated_template)
 
 
+@pytest.fixture(scope="session")
+def session_postgres_url(embedded_postgres: EmbeddedPostgres, _migrated_template: str) -> Iterator[str]:
+    """The address of a migrated database that the tests of a session share."""
+    yield from _fresh_database(embedded_postgres, _migrated_template)
+
+
 @pytest.fixture
 def fresh_postgres_url(embedded_postgres: EmbeddedPostgres, _migrated_template: str) -> Iterator[str]:
     """The address of a migrated database, fresh for every test."""

@@ -11,7 +11,7 @@ from overtone.cli.state import RunFolder
 from overtone.errors import EnvironmentProblemError
 from overtone.settings import Settings
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 75.0
 
 
 def down(settings: Settings, console: Console) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from overtone.cli.children import Child, Driver, ray_head, simulator
-from overtone.cli.cleanup import stop_home, stop_ray
+from overtone.cli.cleanup import drain_api, stop_home, stop_ray
 from overtone.cli.figures import Totals, await_drained
 from overtone.cli.plan import LOOPBACK, Plan
 from overtone.cli.processes import MARK
@@ -36,6 +36,8 @@ _STEP_S = 0.25
 _RATES_EVERY_S = 2.0
 _DEPLOY_TIMEOUT_S = 180.0
 _DRAIN_TIMEOUT_S = 120.0
+_ANSWER_TIMEOUT_S = 15.0
+"""How long a stop waits for the answers of requests under way."""
 _SILENT_S = 60.0
 """An API without any answer for this long is started again together with Ray."""
 _MAX_RETRY_S = 30.0
@@ -160,8 +162,10 @@ class Supervisor:
             self._drain_ingestion()
 
     def stop(self) -> None:
-        """Stop every process of this run, in order: source, ingestion, Serve and Ray, database."""
+        """Stop every process of this run, in order: source, ingestion, API, Serve and Ray, database."""
         self.wind_down()
+        if not drain_api(self._plan.home, _ANSWER_TIMEOUT_S):
+            _log.warning("api.not_drained", waited_s=_ANSWER_TIMEOUT_S)
         self._meter.close()
         try:
             left = stop_home(self._plan.home, self._folder)

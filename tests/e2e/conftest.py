@@ -18,33 +18,42 @@ from overtone.cli.plan import free_ports
 
 @dataclass
 class RunningStack:
-    """Where a stack that is up can be found."""
+    """A stack that is up, and the command line of its home."""
 
     api_url: str
-    sign_in_url: str
+    home: Path
+    environment: dict[str, str]
+    sign_in_url: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a call of the API needs."""
+        return {"X-API-Key": (self.home / "api_key").read_text().strip()}
+
+    def overtone(self, *arguments: str, code: int = 0) -> str:
+        """What `overtone` prints with `arguments`; it must end with `code`."""
+        command = [sys.executable, "-m", "overtone.cli", *arguments]
+        said = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=240)
+        assert said.returncode == code, said.stdout + said.stderr
+        return said.stdout + (said.stderr if code else "")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stack() -> Iterator[RunningStack]:
-    """A stack in a home of its own; it is stopped whole after the test."""
+    """A stack in a home of its own; it is stopped whole after the tests of a module."""
     home = Path(tempfile.mkdtemp(prefix="overtone-e2e-", dir="/tmp"))
     port = free_ports(1)[0]
     unset = {"TWITTER_BEARER_TOKEN", "X_API_BASE_URL", "DATABASE_URL", "OVERTONE_API_KEY", "API_HOST"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"OVERTONE_HOME": str(home), "API_PORT": str(port)}
-
-    def overtone(*arguments: str) -> str:
-        command = [sys.executable, "-m", "overtone.cli", *arguments]
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-        assert said.returncode == 0, said.stdout + said.stderr
-        return said.stdout
-
+    stack = RunningStack(f"http://127.0.0.1:{port}", home, environment)
     try:
-        overtone("up", "--detach", "--no-dashboard")
-        status: dict[str, Any] = json.loads(overtone("status", "--json", "--link"))
-        yield RunningStack(f"http://127.0.0.1:{port}", _link_in(status))
+        stack.overtone("up", "--detach", "--no-dashboard")
+        status: dict[str, Any] = json.loads(stack.overtone("status", "--json", "--link"))
+        stack.sign_in_url = _link_in(status)
+        yield stack
     finally:
-        overtone("down")
+        stack.overtone("down")
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """HAProxy as the stack starts it, against clients that send slowly and servers that answer late."""
 
+import json
 import re
 import shutil
 import socket
@@ -86,6 +87,15 @@ def _await_port(port: int, process: "subprocess.Popen[bytes]") -> None:
     raise TimeoutError("HAProxy does not listen")
 
 
+def assert_problem(client: socket.socket, status: int, code: str) -> None:
+    """What HAProxy itself answers is as the API answers, and ends the connection."""
+    head, _, body = b"".join(iter(lambda: client.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), head
+    assert b"\r\ncontent-type: application/problem+json" in head.lower()
+    problem = json.loads(body)
+    assert (problem["status"], problem["code"], problem["type"]) == (status, code, f"urn:overtone:problem:{code}")
+
+
 @pytest.mark.parametrize(
     "begun",
     [
@@ -96,7 +106,7 @@ def _await_port(port: int, process: "subprocess.Popen[bytes]") -> None:
 def test_a_request_that_does_not_end_is_cut_off(address: tuple[str, int], begun: bytes) -> None:
     with socket.create_connection(address, 60) as client:
         client.sendall(begun)
-        assert client.recv(4096).startswith(b"HTTP/1.1 408")
+        assert_problem(client, 408, "too_slow")
 
 
 def test_a_client_that_waits_for_its_answer_is_not_cut_off(address: tuple[str, int]) -> None:
@@ -108,4 +118,13 @@ def test_a_client_that_waits_for_its_answer_is_not_cut_off(address: tuple[str, i
 def test_headers_over_the_buffer_are_refused(address: tuple[str, int]) -> None:
     with socket.create_connection(address, 60) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 20_000 + b"\r\n\r\n")
-        assert client.recv(4096).startswith(b"HTTP/1.1 400")
+        assert_problem(client, 400, "malformed")
+
+
+@pytest.mark.parametrize(
+    "sent", [b"no HTTP at all\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n", b"\x16\x03\x01\0"]
+)
+def test_what_is_not_http_is_refused(address: tuple[str, int], sent: bytes) -> None:
+    with socket.create_connection(address, 60) as client:
+        client.sendall(sent)
+        assert_problem(client, 400, "malformed")

@@ -37,3 +37,13 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         ServeArgs(budget_tokens="many")  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="budget"):
         ServeArgs(budget=1)  # type: ignore[call-arg]
+
+
+def test_a_replica_that_is_taken_away_has_time_for_all_that_may_wait() -> None:
+    from serve.app import ServeArgs, build
+
+    args = ServeArgs(min_replicas=1, max_replicas=3)
+    deployment = build(args)._bound_deployment._deployment_config
+
+    assert deployment.graceful_shutdown_timeout_s == args.drain_s > args.max_bulk_s
+    assert deployment.autoscaling_config.metrics_interval_s < args.scale_up_delay_s

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from hashlib import sha256
@@ -125,7 +126,8 @@ class Api:
 
 async def opened(bundle: Bundle | None, **options: Any) -> Api:
     records = MemoryRecords()
-    classifier = Classifier(engine_for=PickyEngine, limits=options.pop("limits", None))
+    engine_for = options.pop("engine_for", PickyEngine)
+    classifier = Classifier(engine_for=engine_for, limits=options.pop("limits", None))
     if bundle is not None:
         await classifier.load(bundle.path)
     keys = KeyRing(records)
@@ -470,6 +472,55 @@ async def test_a_full_queue_is_429_with_retry_after(tiny_bundle: Bundle) -> None
     for answer in refused:
         assert_problem(answer, 429, "overloaded")
         assert int(answer.headers["retry-after"]) >= 1
+
+
+class HeldEngine:
+    """The engine of a bundle, which from `hold` on waits until `release`."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._engine = open_engine(bundle, threads)
+        self.labels = self._engine.labels
+        self.may_go = threading.Event()
+        self.may_go.set()
+
+    def classify(self, token_ids: list[list[int]]) -> Probabilities:
+        self.may_go.wait()
+        return self._engine.classify(token_ids)
+
+    def close(self) -> None:
+        self.may_go.set()
+        self._engine.close()
+
+
+async def test_refusals_come_while_the_engine_is_busy(tiny_bundle: Bundle) -> None:
+    engines: list[HeldEngine] = []
+
+    def engine_for(bundle: Bundle, threads: int) -> HeldEngine:
+        engines.append(HeldEngine(bundle, threads))
+        return engines[-1]
+
+    api = await opened(tiny_bundle, limits=Limits(budget_tokens=1, max_interactive_texts=1), engine_for=engine_for)
+    engines[0].may_go.clear()
+    taken = [asyncio.create_task(api.post("/predict", {"text": "love"})) for _ in range(3)]
+    classifier = api.service.classifier
+    async with asyncio.timeout(20):
+        while classifier.waiting < 1:  # noqa: ASYNC110  (the batcher has no event for it)
+            await asyncio.sleep(0.005)
+        # The engine answers nothing from here on, so what is answered waited for nothing.
+        full = [await api.post("/predict", {"text": "love"}) for _ in range(20)]
+        closing = asyncio.create_task(classifier.close())
+        while (stopping := await api.post("/predict", {"text": "love"})).status_code == 429:
+            pass
+
+    for answer in full:
+        assert_problem(answer, 429, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+    assert_problem(stopping, 503, "shutting_down")
+    assert int(stopping.headers["retry-after"]) >= 1
+    engines[0].may_go.set()
+    await closing
+    assert {answer.status_code for answer in await asyncio.gather(*taken)} <= {200, 429}
+    assert 200 in {task.result().status_code for task in taken}
 
 
 async def test_a_bug_is_answered_without_a_word_about_it(tiny_bundle: Bundle) -> None:

@@ -1,0 +1,117 @@
+"""What others can do to the stack: nothing of it is reachable from another machine, and no body does harm."""
+
+import asyncio
+import json
+import socket
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+
+from hostile import Call, hostile_calls
+from live_stack import LIKED, SECRET, Stack, until
+from serve.environment import haproxy_pids
+
+ROUNDS = 5
+"""Of all hostile calls. In the first two caches and buffers are filled."""
+GROWTH_BYTES = 16 * 2**20
+"""By which the memory of HAProxy and all replicas together may be above that after the second round: 3,000 calls later,
+so that a leak of six kilobytes a call would show."""
+
+
+def listeners(stack: Stack) -> Iterator[tuple[str, str, int]]:
+    """Process, address and port of whatever of the stack listens for TCP or UDP."""
+    for process in stack.processes():
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                yield process.name(), connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port
+
+
+def test_nothing_listens_beyond_loopback(stack: Stack) -> None:
+    assert [it for it in listeners(stack) if it[1] not in {"127.0.0.1", "::1"}] == []
+    sockets = [path for path in stack.folder.rglob("*") if path.is_socket()]
+    assert {"admin.sock", "stats.sock", "metrics.sock"} <= {path.name for path in sockets}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in sockets)
+
+
+def test_no_port_can_be_reached_by_an_address_of_the_network(stack: Stack) -> None:
+    found = [
+        it.address for addresses in psutil.net_if_addrs().values() for it in addresses if it.family == socket.AF_INET
+    ]
+    ours = [address for address in found if not address.startswith("127.")]
+    if not ours:
+        pytest.skip("this machine has no address but loopback")
+    ports = {port for _, _, port in listeners(stack)}
+    assert {stack.port, *stack.listening()} <= ports
+
+    reached = []
+    for address in ours:
+        for port in ports:
+            with socket.socket() as client:
+                client.settimeout(5)
+                if client.connect_ex((address, port)) == 0:
+                    reached.append((address, port))
+    assert reached == []
+
+
+def test_haproxy_listens_with_the_api_alone(stack: Stack) -> None:
+    proxies = [psutil.Process(pid) for pid in haproxy_pids(stack.folder)]
+    ports = {
+        it.laddr.port for each in proxies for it in each.net_connections("inet") if it.status == psutil.CONN_LISTEN
+    }
+
+    assert ports == {stack.port}
+    for path in ("/stats", "/haproxy?stats", "/metrics;csv", "/;csv"):
+        answer = httpx.get(f"{stack.url}{path}")
+        assert answer.status_code in {401, 404}, path
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_what_is_not_http_is_answered_with_a_problem(stack: Stack) -> None:
+    with socket.create_connection(("127.0.0.1", stack.port), 30) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\ncontent-type: application/problem+json" in head.lower()
+    assert (json.loads(body)["status"], json.loads(body)["code"]) == (400, "malformed")
+
+
+@pytest.mark.timeout(600)
+def test_no_body_does_harm_however_often_it_comes(stack: Stack) -> None:
+    stack.await_replicas(2)
+    calls = hostile_calls()
+    processes = [*stack.replicas(), *(psutil.Process(pid) for pid in haproxy_pids(stack.folder))]
+    before = {process.pid for process in processes}
+
+    def resident() -> int:
+        return sum(process.memory_info().rss for process in processes)
+
+    used = []
+    for number in range(ROUNDS):
+        assert asyncio.run(play(stack, calls)) == []
+        if number >= 2:
+            until(lambda: resident() <= used[1] + GROWTH_BYTES, 10)
+        used.append(resident())
+    print([f"{each / 2**20:.0f} MiB" for each in used])  # noqa: T201  (shown with -rP)
+
+    assert {process.pid for process in stack.replicas()} <= before
+    with stack.client() as client:
+        assert client.post("/predict", json={"text": LIKED}).status_code == 200
+
+
+async def play(stack: Stack, calls: list[Call]) -> list[str]:
+    """Make all `calls`, four at a time; what was not answered as the fault of its caller, or well."""
+    waiting = iter(calls)
+    bad: list[str] = []
+
+    async def make(client: httpx.AsyncClient) -> None:
+        for path, headers, body in waiting:
+            answer = await client.post(path, content=body, headers=headers)
+            if not 200 <= answer.status_code < 500:
+                bad.append(f"{answer.status_code} {path} {headers} {body[:80]!r}")
+
+    async with httpx.AsyncClient(base_url=stack.url, headers={"X-API-Key": SECRET}, timeout=60) as client:
+        await asyncio.gather(*(make(client) for _ in range(4)))
+    return bad
