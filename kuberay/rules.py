@@ -19,8 +19,8 @@ _RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 _FT_VARIABLES = {"REDIS_PASSWORD", "RAY_REDIS_ADDRESS"}
 _AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 _FT_ANNOTATION = "ray.io/ft-enabled"
-_DRAIN_S = 35
-"""Seconds that Ray Serve gives a replica with an HTTP server of its own to end its requests."""
+_DRAIN_S = 60
+"""Seconds that a replica which is taken away has to answer what it has: `drain_s` of the application."""
 
 Spec = Mapping[str, Any]
 

@@ -12,7 +12,8 @@ when the Ray process that started it ends. It also has every request answered wh
 - An answer that fits the buffer is waited for whole before the client sees its head.
 - While Serve lists no replica, HAProxy goes on with those it had, for as long as they pass its health checks: Serve
   takes a replica off the list while it hands it a new `user_config`, which would be an outage where only one is up.
-- A request that is alone goes to the same replica each time, whose model is still in the processor's caches.
+- A prediction that is asked for alone goes to the same replica each time, whose model is still in the processor's
+  caches. What replicas say of themselves is asked of them in turn.
 - While no replica is up, HAProxy itself stands in for Ray's Python proxy and answers 503: the proxy keeps requests
   waiting, maybe for a replica that is dead.
 - What is neither ours nor JSON (HAProxy's own errors) becomes a problem.
@@ -53,10 +54,10 @@ if [ -n "$config" ]; then
     warm=$(sed -n 's/^ *server \\([^ ]*\\) .* check observe layer4 .*/\\1/p' "$config" "$kept" 2>/dev/null | head -n 1)
     lone=
     if [ -n "$warm" ] && [ "$(grep -c '# Servers in this backend' "$config")" = 1 ]; then
-        lone="use-server $warm if {{ be_conn le 1 }}"
+        lone="use-server $warm if {{ be_conn le 1 }} {{ path_beg /predict /v2/ }}"
     fi
     sed -e "/ check backup\\$/r $kept" \\
-        -e "s/^\\( *\\)# Servers in this backend\\$/\\1$lone/" \\
+        -e "s|^\\( *\\)# Servers in this backend\\$|\\1$lone|" \\
         -e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
         -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\

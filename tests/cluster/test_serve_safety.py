@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from hostile import Call, hostile_calls
-from live_stack import LIKED, SECRET, Stack, until
+from live_stack import LARGE, LIKED, SECRET, Stack, asking, failures, until
 from serve.environment import haproxy_pids
 
 ROUNDS = 5
@@ -76,6 +76,27 @@ def test_what_is_not_http_is_answered_with_a_problem(stack: Stack) -> None:
     assert head.startswith(b"HTTP/1.1 400 ")
     assert b"\r\ncontent-type: application/problem+json" in head.lower()
     assert (json.loads(body)["status"], json.loads(body)["code"]) == (400, "malformed")
+
+
+def test_refusals_reach_callers_at_once_and_say_when_to_come_back(stack: Stack) -> None:
+    hurried = {"X-Request-Timeout-S": "0.01"}  # less than what waits needs, by the rate that the replica measures
+    answers: list[httpx.Response] = []
+
+    def is_refused() -> bool:
+        with stack.client() as client:
+            answers.append(client.post("/predict/batch", json={"texts": [LIKED] * 20}, headers=hurried))
+        return answers[-1].status_code == 429
+
+    with asking(stack, 8, "/predict/batch", LARGE) as large:
+        until(lambda: len(large) >= 8)
+        until(is_refused)
+
+    assert failures(large) == []
+    assert {answer.status_code for answer in answers} <= {200, 429, 504}
+    refused = answers[-1]
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert refused.json()["code"] == "overloaded"
+    assert int(refused.headers["retry-after"]) >= 1
 
 
 @pytest.mark.timeout(600)

@@ -107,6 +107,7 @@ def asking(stack: Stack, text: str) -> Iterator[list[httpx.Response]]:
         with httpx.Client(base_url=stack.api_url, headers=stack.headers, timeout=30) as client:
             while not done.is_set():
                 answers.append(client.post("/predict", json={"text": text}))
+                done.wait(0.005)  # a shadow looks when nothing waits
 
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(ask) for _ in range(4)]

@@ -201,12 +201,14 @@ async def test_an_answer_that_breaks_off_is_replaced(folder: Path) -> None:
                 assert_is_unavailable(await client.post("/predict", content=body))
 
 
-async def test_requests_that_are_alone_go_to_the_same_replica(folder: Path) -> None:
+async def test_predictions_that_are_alone_go_to_the_same_replica_and_the_rest_in_turn(folder: Path) -> None:
     async with proxy(folder, answering(b"0"), answering(b"1")) as url, httpx.AsyncClient(base_url=url) as client:
         alone = {(await client.post("/predict", content=b"x")).content for _ in range(20)}
         together = await asyncio.gather(*(client.post("/predict", content=b"x") for _ in range(40)))
+        in_turn = [(await client.get("/models")).content for _ in range(6)]
 
     assert alone == {b"0"}
+    assert sorted(in_turn) == [b"0"] * 3 + [b"1"] * 3
     assert {answer.content for answer in together} == {b"0", b"1"}
 
 
