@@ -29,8 +29,8 @@ SECRET = "ovt_cluster-test"
 FIRST_PORT = 31500
 LIKED = "I love this"
 DISLIKED = "I hate this, it is horrible and awful"
-LARGE = {"texts": ["x " * 1000] * 60}
-"""A request of more than HAProxy can send to another replica again; half a second of work or more."""
+LARGE = {"texts": ["x " * 60 + " " * 1000] * 60}
+"""A request of more than HAProxy can send to another replica again; some half a second of work."""
 
 _DEPLOY = """
 import json, sys

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from live_stack import DISLIKED, LARGE, LIKED, Stack, asking, failures, until
+from live_stack import DISLIKED, LIKED, Stack, asking, failures, until
 from overtone.bundle import Bundle, TextEncoder
 from overtone.engine import open_engine
 from overtone.schema import MAX_BATCH_TEXTS, MAX_TEXT_CHARS
@@ -88,7 +88,8 @@ def test_metrics_are_the_sum_of_all_replicas(stack: Stack) -> None:
 
 @pytest.mark.timeout(600)
 def test_twenty_replicas_killed_under_load_fail_only_what_they_held(stack: Stack) -> None:
-    calls = [("/predict", {"text": LIKED})] * 6 + [("/predict/batch", LARGE)] * 2
+    large = ["x " * 1000] * 60  # more than HAProxy can send to another replica again
+    calls = [("/predict", {"text": LIKED})] * 6 + [("/predict/batch", {"texts": large})] * 2
     answered = dict.fromkeys({path for path, _ in calls}, 0)
     failed: list[httpx.Response] = []
     under_way: list[tuple[float, float]] = []  # when those that failed were sent and answered

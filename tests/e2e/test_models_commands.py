@@ -194,7 +194,7 @@ def test_a_damaged_bundle_is_refused_and_nothing_changes(stack: Stack, contrary:
 
 
 def test_a_stop_answers_what_is_under_way(stack: Stack) -> None:
-    texts = {"texts": ["x " * 1000] * 60}
+    texts = {"texts": ["x " * 60 + " " * 1000] * 60}
     answers: list[httpx.Response] = []
     is_over = threading.Event()
 
