@@ -50,6 +50,9 @@ class Limits:
     """Seconds of work, at the rate measured, behind which an interactive request is not queued."""
     max_bulk_s: float = 30.0
     """As above for a bulk request, for which interactive work counts too."""
+    tokens_per_s: float | None = None
+    """Of full batches, for as long as none was measured: single texts take far longer for each token, so that a queue
+    would seem to take as many times longer as it does. Unset: the rate of whatever was run."""
     ahead: int = 1
     """Batches chosen before the engine frees, while at least `ahead_tokens` wait, so that it never idles. As late as
     can be, because a text that comes after the choice waits for the whole of that batch."""
@@ -328,6 +331,7 @@ class TokenBatcher(Generic[Row]):
         self._idle = asyncio.Event()
         self._idle.set()
         self._tokens_per_s = 0.0
+        self._full_tokens_per_s = self._limits.tokens_per_s or 0.0
         self._last_done_at = 0.0
         self.failures_in_a_row = 0
         """Rows that failed alone since a batch succeeded."""
@@ -402,15 +406,20 @@ class TokenBatcher(Generic[Row]):
         if deadline_s is not None:
             wait_s = min(wait_s, deadline_s)
         ahead = self._backlog.waiting_tokens if is_bulk else self._backlog.waiting_tokens_of(priority)
-        excess = ahead - wait_s * self._tokens_per_s
-        if self._tokens_per_s and excess > 0:
+        excess = ahead - wait_s * self._capacity
+        if self._capacity and excess > 0:
             raise self._overloaded(f"The texts that wait already need more than {wait_s:g} s", excess)
 
     def _overloaded(self, why: str, excess_tokens: float, **details: int) -> OverloadedError:
         """What is raised when there is room only after `excess_tokens` were classified."""
-        wait_s = excess_tokens / self._tokens_per_s if self._tokens_per_s else 1.0
+        wait_s = excess_tokens / self._capacity if self._capacity else 1.0
         message = f"{why}; try again later or with fewer texts."
         return OverloadedError(message, retry_after_s=min(max(wait_s, 0.1), 60.0), **details)
+
+    @property
+    def _capacity(self) -> float:
+        """Tokens a second while a queue is worked off; 0 if not known."""
+        return max(self._tokens_per_s, self._full_tokens_per_s)
 
     def _pump_soon(self) -> None:
         # After the callbacks that are ready now: requests that arrived together join one batch.
@@ -519,12 +528,18 @@ class TokenBatcher(Generic[Row]):
         busy_s = now - max(taken_at, self._last_done_at)
         self._last_done_at = now
         lengths = [len(ticket.token_ids[index]) for ticket, index in batch]
+        padded = len(batch) * max(lengths)
         if busy_s > 0:
-            memory = _RATE_MEMORY if self._tokens_per_s else 0.0
-            self._tokens_per_s = memory * self._tokens_per_s + (1 - memory) * sum(lengths) / busy_s
+            rate = sum(lengths) / busy_s
+            self._tokens_per_s = _blended(self._tokens_per_s, rate)
+            if 2 * padded >= self._budget_tokens:
+                self._full_tokens_per_s = _blended(self._full_tokens_per_s, rate)
         if self._observe is not None:
             oldest = min(ticket.admitted_at for ticket, _ in batch)
-            padded = len(batch) * max(lengths)
             self._observe(
                 BatchReport(len(batch), sum(lengths), padded, taken_at - oldest, busy_s, self._backlog.waiting)
             )
+
+
+def _blended(rate: float, latest: float) -> float:
+    return _RATE_MEMORY * rate + (1 - _RATE_MEMORY) * latest if rate else latest

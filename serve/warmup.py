@@ -44,6 +44,10 @@ class BatchCost:
         wanted = self._fixed_tokens * (1 / _FIXED_SHARE - 1)
         return int(min(max(-(-wanted // 64) * 64, MIN_BUDGET_TOKENS), MAX_BUDGET_TOKENS))
 
+    def tokens_per_s(self, padded_tokens: int) -> float:
+        """In batches of so many tokens."""
+        return padded_tokens / (self.fixed_s + self.token_s * padded_tokens)
+
     @property
     def _fixed_tokens(self) -> float:
         return self.fixed_s / self.token_s
@@ -73,12 +77,10 @@ def fitted(limits: Limits, engine: Engine) -> Limits:
     if limits.budget_tokens is not None and limits.waste_tokens is not None:
         return limits
     cost = measure_batch_cost(engine)
-    budget, waste = limits.budget_tokens, limits.waste_tokens
-    return replace(
-        limits,
-        budget_tokens=cost.budget_tokens if budget is None else budget,
-        waste_tokens=cost.waste_tokens if waste is None else waste,
-    )
+    budget = cost.budget_tokens if limits.budget_tokens is None else limits.budget_tokens
+    waste = cost.waste_tokens if limits.waste_tokens is None else limits.waste_tokens
+    rate = cost.tokens_per_s(budget) if limits.tokens_per_s is None else limits.tokens_per_s
+    return replace(limits, budget_tokens=budget, waste_tokens=waste, tokens_per_s=rate)
 
 
 def fit(samples: Sequence[tuple[int, float]]) -> BatchCost:

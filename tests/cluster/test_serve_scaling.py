@@ -23,11 +23,12 @@ def test_a_replica_that_is_taken_away_answers_what_it_has(stack: Stack) -> None:
     stack.await_replicas(2)
     pids = {process.pid for process in stack.replicas()}
 
-    with asking(stack, 4) as single, asking(stack, 8, "/predict/batch", LARGE) as large:
-        until(lambda: len(single) >= 20 and len(large) >= 8)
-        stack.deploy(replicas=1)
+    with asking(stack, 2) as single, asking(stack, 12, "/predict/batch", LARGE) as large, ThreadPoolExecutor(1) as pool:
+        until(lambda: len(single) >= 20 and len(large) >= 12)
+        deploying = pool.submit(stack.deploy, replicas=1)
         until(lambda: len(stack.listening()) == 1)  # one takes no further request; it has some that wait
         closed = {pid: batches_of(stack, pid) for pid in pids}
+        deploying.result()
         stack.await_replicas(1)
         answered = len(single)
         until(lambda: len(single) >= answered + 20)
@@ -58,16 +59,17 @@ def test_a_stream_goes_on_while_its_replica_is_taken_away(stack: Stack) -> None:
             if number >= 40 and is_over.wait(0.02):
                 return
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         streams = [pool.submit(stream, which) for which in range(2)]  # one to each replica
         try:
             until(lambda: all(number > 60 for number in sent))
-            stack.deploy(replicas=1)
+            deploying = pool.submit(stack.deploy, replicas=1)
             until(lambda: len(stack.listening()) == 1)
             assert len(stack.replicas()) == 2
         finally:
             is_over.set()
         answers = [each.result() for each in streams]
+        deploying.result()
 
     for answer, number in zip(answers, sent, strict=True):
         assert answer.status_code == 200
@@ -80,10 +82,10 @@ def test_replicas_come_with_waiting_tokens_and_go_when_idle(stack: Stack) -> Non
     stack.await_replicas(1)
 
     with asking(stack, 2, pause_s=0.1) as single:
-        with asking(stack, 8, "/predict/batch", LARGE) as large:
+        with asking(stack, 6, "/predict/batch", LARGE) as large:
             stack.await_replicas(2, 90)
             answered = len(large)
-            until(lambda: len(large) >= answered + 8)
+            until(lambda: len(large) >= answered + 6)
         stack.await_replicas(1, 90)
 
     assert failures(single) == []

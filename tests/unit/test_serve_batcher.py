@@ -365,6 +365,31 @@ async def test_work_that_cannot_be_done_in_time_is_refused_at_once(
     await asyncio.gather(*tasks)
 
 
+@pytest.mark.parametrize(("tokens_per_s", "is_refused"), [(None, True), (4.0, False)])
+async def test_single_texts_do_not_tell_how_long_a_queue_takes(tokens_per_s: float | None, is_refused: bool) -> None:
+    engine, clock = Engine(), Clock()
+    limits = Limits(budget_tokens=8, ahead=0, max_bulk_s=4.0, tokens_per_s=tokens_per_s)
+    batcher = TokenBatcher[int](engine.classify, limits=limits, clock=clock)
+    engine.gate.clear()
+    tasks = [asyncio.create_task(batcher.submit([[1]]))]
+    await until(lambda: engine.batches)
+    clock.now += 2.0  # half a token a second
+    engine.gate.set()
+    await tasks[0]
+    engine.gate.clear()
+    for number in (1, 2):
+        tasks.append(asyncio.create_task(batcher.submit([[1] * 8], priority="bulk")))
+        await until(lambda number=number: len(engine.batches) == 2 and batcher.waiting == number - 1)
+
+    if is_refused:
+        with pytest.raises(OverloadedError):
+            batcher.admit(1, "bulk")
+    else:
+        batcher.admit(1, "bulk")
+    engine.gate.set()
+    await asyncio.gather(*tasks)
+
+
 async def test_a_request_larger_than_the_queue_is_taken_when_nothing_waits() -> None:
     batcher = TokenBatcher[int](Engine().classify, limits=Limits(max_interactive_texts=2))
 
