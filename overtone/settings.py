@@ -168,13 +168,13 @@ class Settings(BaseSettings):
         1000,
         ge=1,
         le=10_000_000,
-        description="New labels after which retraining is due. 1 to 10000000. Checked; reserved, not used yet.",
+        description="New labels after which retraining is due. 1 to 10000000.",
     )
     retrain_interval_hours: int = Field(
         168,
         ge=1,
         le=8760,
-        description="Hours after which retraining is due. 1 to 8760. Checked; reserved, not used yet.",
+        description="Hours since the last run after which retraining is due, if there is a new label. 1 to 8760.",
     )
 
     # --- serving

@@ -246,6 +246,27 @@ audit_log = Table(
     Index("ix_audit_log_at", "at"),
 )
 
+retrain_decisions = Table(
+    "retrain_decisions",
+    metadata,
+    _id(),
+    _instant("decided_at"),
+    Column("outcome", Text, nullable=False, comment="submits: a run was made of it; waits: none was due."),
+    Column("detail", JSONB, nullable=False, comment="Each criterion with its figures, and the reasons."),
+    Column("model_version", Text, comment="Whose predictions were looked at."),
+    Column("run", Text, unique=True, comment="Name of the run, and id under which its job is submitted to Ray."),
+    Column("entrypoint", Text, comment="The command of the job."),
+    Column("state", Text, comment="Of the run; null without one."),
+    _instant("submitted_at", nullable=True),
+    _instant("ended_at", nullable=True),
+    CheckConstraint("outcome IN ('submits', 'waits')", name="outcome"),
+    CheckConstraint("state IN ('open', 'succeeded', 'failed')", name="state"),
+    CheckConstraint("(run IS NULL) = (state IS NULL)", name="run"),
+    Index("ix_retrain_decisions_decided_at", "decided_at"),
+    # However many decide at once, and whatever became of the lock: one run at a time.
+    Index("uq_retrain_decisions_open", "state", unique=True, postgresql_where=text("state = 'open'")),
+)
+
 api_usage = Table(
     "api_usage",
     metadata,

@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -377,6 +378,26 @@ def test_commands_in_manifests_exist() -> None:
             assert flag in tree or flag.replace("-", "_") in tree, flag
     for path in set(re.findall(r"configs/[\w./-]+", text)):
         assert (ROOT / path).is_file()
+
+
+def test_the_cron_that_retrains_says_what_both_commands_take() -> None:
+    from typer.main import get_command
+
+    from overtone.cli.app import app
+    from train.__main__ import app as train
+    from train.retrain import Order, entrypoint
+
+    retrain: Any = get_command(app)
+    for container in containers():
+        if container["name"] == "retrain":
+            words = [*container["command"], *container["args"]]
+            given = retrain.commands["retrain"].make_context("retrain", words[2:]).params
+            assert (given["check"], given["label"]) == (True, ["pool=train-a100"])
+            order = Order(tuple(given["arguments"]))
+            command = shlex.split(entrypoint(order, Settings(_env_file=None), "retrain-1", with_feedback=True))
+            told = get_command(train).make_context("train", command[3:]).params
+            assert (str(told["output"]), told["run_name"]) == ("/models/bundles/retrain-1", "retrain-1")
+            assert (told["from_feedback"], told["register"]) == (True, True)
 
 
 def test_alerts_have_a_paragraph_in_the_guide() -> None:
