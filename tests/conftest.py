@@ -3,12 +3,13 @@
 import asyncio
 import itertools
 import os
+import random
 import shutil
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import psutil
@@ -20,9 +21,17 @@ from overtone.db import Database
 from overtone.db.embedded import EmbeddedPostgres
 from overtone.db.migrate import upgrade
 
+WORDS = {
+    "negative": ["awful", "hate", "worst", "sad", "broken"],
+    "neutral": ["table", "monday", "train", "paper", "river"],
+    "positive": ["love", "great", "best", "happy", "lovely"],
+}
+
 _PREFIX = "overtone-test-"
 _TEMPLATE = "overtone_template"
 _numbers = itertools.count()
+
+MakeMoods: TypeAlias = Callable[..., None]
 
 # How fast this machine is says nothing about the code.
 settings.register_profile("overtone", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -137,3 +146,61 @@ def _stop_servers_of_dead_sessions() -> None:
         if owner.isdigit() and not psutil.pid_exists(int(owner)) and os.access(folder, os.W_OK):
             EmbeddedPostgres(folder / "data", folder / "s").stop()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_encoder(folder: Path) -> None:
+    """Two layers, 32 wide, with fresh weights and the tokenizer of the offline encoder."""
+    # Not every suite has what training needs.
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    from train.encoder import locate
+
+    tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_texts(path: Path, rows: int, seed: int, words: Mapping[str, Sequence[str]]) -> None:
+    rng = random.Random(seed)
+    lines = ["label\ttext"]
+    for number in range(rows):
+        label = list(words)[number % 3]
+        chosen = rng.choices(words[label], k=rng.randint(2, 6))
+        lines.append(f"{label}\t{' '.join(chosen)} {seed * 1000 + number} @someone")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def make_moods() -> MakeMoods:
+    """Puts an encoder small enough to train in seconds, so many texts of a made-up language of three moods, 60 to
+    validate on and 300 to judge by into a folder: `encoder`, `train.tsv`, `validation.tsv` and `apart.tsv`."""
+
+    def make(folder: Path, rows: int, words: Mapping[str, Sequence[str]] = WORDS) -> None:
+        make_encoder(folder / "encoder")
+        for seed, (name, count) in enumerate((("train", rows), ("validation", 60), ("apart", 300)), start=1):
+            make_texts(folder / f"{name}.tsv", count, seed, words)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def mlflow_as_before() -> Iterator[None]:
+    """MLflow writes the store it is set to into the environment, where settings and child processes of later tests
+    would find it."""
+    import mlflow
+
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    yield
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]
+    os.environ.update(before)

@@ -123,7 +123,7 @@ class ClusterConfig(Section):
     gpu: bool | None = None
     """One GPU a worker. Unset: when the cluster has enough of them."""
     cpus_per_worker: float | None = Field(None, gt=0)
-    """CPUs a worker. Unset: this machine's CPUs shared out evenly."""
+    """CPUs a worker. Unset: the CPUs of the cluster that are free at the start, shared out evenly."""
     max_failures: int = Field(1, ge=-1)
     """Failures of workers, preemption aside, that are answered by resuming from the last checkpoint; -1: all."""
 

@@ -204,8 +204,11 @@ def decide_and_promote(
         return decision
     try:
         if decision.promotes:
-            _promote(settings, ours.path)
-            decision = replace(decision, carried_out=True)
+            is_served = _promote(settings, ours.path)
+            later = (
+                () if is_served else (f"nothing is served in {settings.home} now: it is served from the next start",)
+            )
+            decision = replace(decision, carried_out=True, reasons=(*decision.reasons, *later))
     except OvertoneError as error:
         decision = replace(decision, reasons=(*decision.reasons, f"not carried out: {error.message}"))
         raise
@@ -232,8 +235,8 @@ def _read(bundle: Bundle, data: LabelledTexts) -> NDArray[np.float32]:
         return reader.read(data.raw or data.texts)
 
 
-def _promote(settings: Settings, folder: Path) -> None:
-    """Through the command, because whoever serves owns how bundles are swapped."""
+def _promote(settings: Settings, folder: Path) -> bool:
+    """Through the command, because whoever serves owns how bundles are swapped; whether replicas serve it now."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "overtone.cli", "models", "promote", str(folder), "--json"],
@@ -248,6 +251,7 @@ def _promote(settings: Settings, folder: Path) -> None:
     if done.returncode:
         told = done.stderr.strip().removeprefix("Error:").strip() or f"exit code {done.returncode}"
         raise (BundleError if done.returncode == _BUNDLE_EXIT else OvertoneError)(told)
+    return bool(orjson.loads(done.stdout)["state"] == "done")
 
 
 def _keep(registry: Registry, registered: Registered, decision: Decision, rules: Rules) -> None:

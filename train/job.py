@@ -130,10 +130,16 @@ def _scaling(cluster: ClusterConfig) -> ScalingConfig:
     resources = ray.cluster_resources()
     most = cluster.max_workers or cluster.workers
     gpu = cluster.gpu if cluster.gpu is not None else resources.get("GPU", 0) >= cluster.workers
-    cpus = cluster.cpus_per_worker or max(resources.get("CPU", 1) // most, 1)
+    cpus = cluster.cpus_per_worker or _cpus_per_worker(most)
     # Its annotation is that of the older class and knows no bounds.
     workers: Any = (cluster.workers, most) if cluster.max_workers else cluster.workers
     return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus})
+
+
+def _cpus_per_worker(workers: int) -> float:
+    """What is free now, shared out evenly: replicas on the same cluster keep theirs."""
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    return float(max(min(ray.available_resources().get("CPU", 1) // workers, largest), 1))
 
 
 def _take_best(result: Any, weights: Path) -> dict[str, Any]:
