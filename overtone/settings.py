@@ -48,6 +48,8 @@ def _long_secret(value: SecretStr) -> SecretStr:
     return value
 
 
+_JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
 Algorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "HS256", "HS384", "HS512"
 ]
@@ -339,9 +341,14 @@ def _explain(name: str, problem: str) -> str:
 
 
 def environment_for(settings: Settings, **extra: str) -> dict[str, str]:
-    """The environment for a child process: this one's, `settings` that must reach the child, and `extra`."""
+    """The environment for a child process: this one's, `settings` that must reach the child, and `extra`.
+
+    Within a job of Ray's job server, children do not belong to the job: what they deploy would else be given the job's
+    working folder, and running replicas be replaced for that.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != _JOB_OF_RAY}
     chosen = {"OVERTONE_HOME": str(settings.home), "API_HOST": settings.api_host, "API_PORT": str(settings.api_port)}
-    return {**os.environ, **chosen, **extra}
+    return {**inherited, **chosen, **extra}
 
 
 def set_default_environment(**values: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from overtone.errors import ConfigurationError
-from overtone.settings import Settings, env_example, load_settings
+from overtone.settings import Settings, env_example, environment_for, load_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,3 +104,11 @@ def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWITTER_BEARER_TOKEN", "hunter2")
     monkeypatch.setenv("DATABASE_URL", "postgresql://u:hunter2@h/d")
     assert "hunter2" not in repr(load_settings())
+
+
+def test_children_take_the_settings_and_do_not_belong_to_a_job_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"working_dir": "gcs://x.zip"}}')
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    given = environment_for(load_settings(api_port=8123), EXTRA="1")
+    assert (given["API_PORT"], given["EXTRA"], given["RAY_ADDRESS"]) == ("8123", "1", "127.0.0.1:6379")
+    assert "RAY_JOB_CONFIG_JSON_ENV_VAR" not in given
