@@ -3,11 +3,10 @@
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from signal import SIGUSR1
 
 import psutil
 
-from overtone.cli.processes import await_gone, end, is_gone, marked_processes, send, with_descendants
+from overtone.cli.processes import end, is_gone, marked_processes, with_descendants
 from overtone.cli.state import RunFolder, RunState
 from overtone.db.embedded import EmbeddedPostgres
 from overtone.logging import get_logger
@@ -47,17 +46,6 @@ def stop_home(home: Path, folder: RunFolder) -> list[int]:
         shutil.rmtree(folder.metrics, ignore_errors=True)
         drop_old_sessions(ray_folder(home), keep=_KEPT_SESSIONS)
     return [process.pid for process in left]
-
-
-def drain_api(home: Path, timeout_s: float) -> bool:
-    """Take no further connection, and wait until all requests under way are answered; False if some were not in time.
-
-    Without HAProxy nothing is waited for.
-    """
-    proxies = _haproxies(home)
-    # Its soft stop: each connection is closed with its next answer, an idle one at once.
-    send(proxies, SIGUSR1)
-    return not await_gone(proxies, timeout_s)
 
 
 def stop_ray(home: Path) -> None:

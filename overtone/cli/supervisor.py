@@ -17,7 +17,8 @@ from pathlib import Path
 import httpx
 
 from overtone.cli.children import Child, Driver, ray_head, simulator
-from overtone.cli.cleanup import drain_api, stop_home, stop_ray
+from overtone.cli.cleanup import stop_home, stop_ray
+from overtone.cli.draining import drain_api
 from overtone.cli.figures import Totals, await_drained
 from overtone.cli.plan import LOOPBACK, Plan
 from overtone.cli.processes import MARK
@@ -164,7 +165,7 @@ class Supervisor:
     def stop(self) -> None:
         """Stop every process of this run, in order: source, ingestion, API, Serve and Ray, database."""
         self.wind_down()
-        if not drain_api(self._plan.home, _ANSWER_TIMEOUT_S):
+        if not drain_api(self._plan.folder, _ANSWER_TIMEOUT_S):
             _log.warning("api.not_drained", waited_s=_ANSWER_TIMEOUT_S)
         self._meter.close()
         try:

@@ -1,6 +1,7 @@
 """HAProxy as Ray configures it and `serve.haproxy` changes it, before replicas that die."""
 
 import asyncio
+import contextlib
 import re
 import shutil
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from overtone.cli.draining import drain_api
 from serve.environment import find_haproxy, runtime_folder, serve_environment
 
 Replica = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -129,7 +131,8 @@ async def proxy_before(
                 assert process.returncode is None, await process.stderr.read()  # type: ignore[union-attr]
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it was ended
+            process.kill()
         _, said = await process.communicate()
     complaints = [line for line in said.decode().splitlines() if "parsing [" in line]
     assert complaints == []
@@ -262,3 +265,40 @@ async def test_replicas_that_serve_takes_off_its_list_go_on_while_they_are_healt
 async def test_without_an_application_it_is_unavailable(folder: Path) -> None:
     async with proxy(folder) as url, httpx.AsyncClient(base_url=url) as client:
         assert_is_unavailable(await client.post("/predict", content=b"x"))
+
+
+@pytest.mark.parametrize("is_in_time", [True, False])
+async def test_a_soft_end_waits_for_requests_under_way_and_for_nothing_else(folder: Path, is_in_time: bool) -> None:
+    held, may_go = asyncio.Semaphore(0), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            request = await read_request(reader)
+            if b"/slow" in request:
+                held.release()
+                await may_go.wait()
+            writer.write(HEALTHY)
+
+    async def ask(body: bytes) -> int:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return (await client.post("/slow", content=body)).status_code
+
+    async with proxy(folder, serve) as url, httpx.AsyncClient(base_url=url) as idle:
+        await idle.get("/models")
+        asking = [asyncio.create_task(ask(body)) for body in (b"x", LARGE)]
+        for _ in asking:
+            await held.acquire()
+        draining = asyncio.create_task(asyncio.to_thread(drain_api, folder, 60 if is_in_time else 0.1))
+        while await accepts(int(url.rpartition(":")[2])):
+            pass
+        if is_in_time:
+            assert not draining.done()
+            may_go.set()
+        assert await draining is is_in_time
+        may_go.set()
+        assert await asyncio.gather(*asking) == [200, 200]
+
+
+def test_without_haproxy_there_is_nothing_to_wait_for(folder: Path) -> None:
+    folder.mkdir()
+    assert drain_api(folder, 60)
