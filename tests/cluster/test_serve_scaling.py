@@ -3,6 +3,7 @@
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,13 +19,29 @@ def batches_of(stack: Stack, pid: int) -> float:
     return sum(row[1] for row in rows if all(f'"{it}"' in row[0] for it in ("/predict/batch", "200", "POST")))
 
 
+def busy_clients(stack: Stack, seconds: float) -> int:
+    """How many large requests are about so many seconds of work on this machine, 64 at most."""
+    with stack.client() as client:
+        took = []
+        for _ in range(3):
+            began = time.monotonic()
+            client.post("/predict/batch", json=LARGE).raise_for_status()
+            took.append(time.monotonic() - began)
+    return min(64, max(6, round(seconds / min(took))))
+
+
 def test_a_replica_that_is_taken_away_answers_what_it_has(stack: Stack) -> None:
     stack.deploy(replicas=2)
     stack.await_replicas(2)
     pids = {process.pid for process in stack.replicas()}
+    clients = busy_clients(stack, 8.0)
 
-    with asking(stack, 2) as single, asking(stack, 12, "/predict/batch", LARGE) as large, ThreadPoolExecutor(1) as pool:
-        until(lambda: len(single) >= 20 and len(large) >= 12)
+    with (
+        asking(stack, 2) as single,
+        asking(stack, clients, "/predict/batch", LARGE) as large,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        until(lambda: len(single) >= 20 and len(large) >= clients)
         deploying = pool.submit(stack.deploy, replicas=1)
         until(lambda: len(stack.listening()) == 1)  # one takes no further request; it has some that wait
         closed = {pid: batches_of(stack, pid) for pid in pids}
