@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +76,21 @@ def serve_environment(
         variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     binary = find_haproxy()
     return variables | (_haproxy(folder, binary) if binary else _python_proxy())
+
+
+def write_pod_script(folder: Path) -> Path:
+    """The script that starts HAProxy in a pod of a cluster, whose network policies say who may read its metrics.
+
+    `docker/haproxy.sh` has it written into `folder`, and is what RAY_SERVE_HAPROXY_BINARY_PATH names there.
+
+    Raises:
+        EnvironmentProblemError: `folder` cannot be used, or there is no HAProxy.
+    """
+    binary = find_haproxy()
+    if binary is None:
+        raise EnvironmentProblemError("HAProxy is not installed: it comes with `ray[serve]` on Linux.")
+    _make_private(folder)
+    return write_start_script(folder, binary, setpriv=shutil.which("setpriv"), shows_metrics=True)
 
 
 def runtime_folder(home: Path) -> Path:
@@ -175,3 +191,7 @@ def _make_private(folder: Path) -> None:
         raise EnvironmentProblemError(f"{folder}: belongs to another user or is no folder; remove it and start again")
     # Others may be let through (a database run by another user may keep its socket inside), never in.
     folder.chmod(stat.S_IMODE(found.st_mode) & 0o711 | 0o700)
+
+
+if __name__ == "__main__":
+    write_pod_script(Path(sys.argv[1]))

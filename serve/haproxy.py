@@ -12,9 +12,13 @@ when the Ray process that started it ends. It also has every request answered wh
 - An answer that fits the buffer is waited for whole before the client sees its head.
 - While Serve lists no replica, HAProxy goes on with those it had, for as long as they pass its health checks: Serve
   takes a replica off the list while it hands it a new `user_config`, which would be an outage where only one is up.
+- While no replica is healthy, HAProxy asks those that accept connections all the same: Serve tells a replica to end,
+  which makes it unhealthy but leaves it at work for some seconds, before HAProxy knows the one that stands in for it.
 - A prediction that is asked for alone goes to the same replica each time, whose model is still in the processor's
   caches. What replicas say of themselves is asked of them in turn.
-- While no replica is up, HAProxy itself stands in for Ray's Python proxy and answers 503: the proxy keeps requests
+- HAProxy says that it is ready (`/-/healthz`) while a replica accepts connections. Ray has it say so for the stand-in
+  alone, too.
+- While none does, HAProxy itself stands in for Ray's Python proxy and answers 503: the proxy keeps requests
   waiting, maybe for a replica that is dead.
 - What is neither ours nor JSON (HAProxy's own errors) becomes a problem.
 
@@ -53,29 +57,46 @@ if [ -n "$config" ]; then
     fi
     warm=$(sed -n 's/^ *server \\([^ ]*\\) .* check observe layer4 .*/\\1/p' "$config" "$kept" 2>/dev/null | head -n 1)
     lone=
+    ready=
     if [ -n "$warm" ] && [ "$(grep -c '# Servers in this backend' "$config")" = 1 ]; then
         lone="use-server $warm if {{ be_conn le 1 }} {{ path_beg /predict /v2/ }}"
+        ready='s/^\\( *acl backend_[^ ]*_server_up nbsrv(\\)[^)]*/\\1last/'
+        sed -n 's/^\\( *server [^ ]* [^ ]*\\) check observe layer4 .*/\\1 check inter 1s fastinter 250ms fall 2/p' \\
+            "$config" "$kept" >"$config.last.$$"
+    else
+        : >"$config.last.$$"
     fi
     sed -e "/ check backup\\$/r $kept" \\
         -e "s|^\\( *\\)# Servers in this backend\\$|\\1$lone|" \\
-        -e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
-        -e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
+        -e "$ready" \\
+        {metrics_edit}-e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\
         -e '/^ *log [^ ]* local0 info$/d' \\
         -e '/^ *errorfile /d' \\
-        -e 's#^\\( *server [^ ]*\\) [^ ]* check backup$#\\1 unix@{folder}/unavailable.sock check backup#' \\
+        -e 's#^\\( *server [^ ]*\\) [^ ]* check backup$#\\1 unix@{folder}/last.sock check backup#' \\
         -e 's#^\\( *http-request return\\) status 404 .*#\\1 {unavailable}#' \\
         -e '/^defaults$/r {folder}/defaults.cfg' \\
         -e '/^ *# Static routing based on path prefixes/r {folder}/frontend.cfg' \\
         -e '$r {folder}/ends.cfg' \\
         "$config" >"$config.closed.$$"
-    cat "$config.closed.$$" >"$config"
-    rm -f "$config.closed.$$"
+    cat "$config.closed.$$" "$config.last.$$" >"$config"
+    rm -f "$config.closed.$$" "$config.last.$$"
 fi
 exec {prefix}"{binary}" "$@"
 """
 
+_CLOSE_METRICS = """\
+-e '/^frontend prometheus$/,/^frontend /s#^\\( *\\)bind .*#\\1bind unix@{folder}/metrics.sock mode 600#' \\
+        """
+
+# A node that vanishes closes no connection: the kernel finds that out, and nothing but it, since a replica that is
+# busy for long is not dead. What the node had is asked of another replica, or fails, before the client gives up.
 _DEFAULTS = f"""\
+    option srvtcpka
+    srvtcpka-idle 2s
+    srvtcpka-intvl 1s
+    srvtcpka-cnt 3
+    default-server tcp-ut 5s
     option http-buffer-request
     timeout http-request {_REQUEST_TIMEOUT_S}s
 """
@@ -100,11 +121,13 @@ backend again
     server again unix@{folder}/again.sock
 """
 
-_UNAVAILABLE = """\
-frontend unavailable
-    bind unix@{folder}/unavailable.sock mode 600
+# The script adds the replicas: those that accept connections, whatever their health. Without one the answer is 503.
+_LAST = """\
+frontend last
+    bind unix@{folder}/last.sock mode 600
     http-request return status 200 if {{ path /-/healthz }}
-    http-request return {unavailable}
+    default_backend last
+backend last
 """
 
 _LOST = "The replica that had the request ended before it answered, or none is up; try again."
@@ -119,10 +142,11 @@ _PROBLEMS: dict[int, tuple[str, str, str]] = {
 _ERRORFILES = {status: status for status in _PROBLEMS} | {502: 503, 504: 503}
 
 
-def write_start_script(folder: Path, binary: Path, *, setpriv: str | None) -> Path:
+def write_start_script(folder: Path, binary: Path, *, setpriv: str | None, shows_metrics: bool = False) -> Path:
     """The script that starts HAProxy's `binary`, written into `folder` with all that it needs.
 
-    With `setpriv`, the path of that program, HAProxy ends when the process that started it ends.
+    With `setpriv`, the path of that program, HAProxy ends when the process that started it ends. With `shows_metrics`
+    its page for Prometheus stays on the network, for where a policy of the network decides who may read it.
     """
     unavailable = (
         f"status 503 content-type application/problem+json hdr Retry-After 1 hdr Cache-Control no-store"
@@ -142,11 +166,13 @@ def write_start_script(folder: Path, binary: Path, *, setpriv: str | None) -> Pa
             whole_bytes=_WHOLE_BODY_BYTES,
         ),
     )
-    ends = (_AGAIN + _UNAVAILABLE).format(folder=folder, unavailable=unavailable)
+    ends = (_AGAIN + _LAST).format(folder=folder)
     _write(folder / "ends.cfg", ends)
     script = folder / "haproxy.sh"
     prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
-    _write(script, _SCRIPT.format(folder=folder, prefix=prefix, binary=binary, unavailable=unavailable))
+    edit = "" if shows_metrics else _CLOSE_METRICS.format(folder=folder)
+    parts = {"folder": folder, "prefix": prefix, "binary": binary, "unavailable": unavailable, "metrics_edit": edit}
+    _write(script, _SCRIPT.format(**parts))
     script.chmod(0o700)
     return script
 

@@ -79,6 +79,8 @@ def write_config(file: Path, port: int, servers: list[int], environment: dict[st
         retries=int(environment["RAY_SERVE_HAPROXY_RETRIES"]),
         observe_error_limit=int(environment["RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT"]),
         is_head=True,
+        has_received_routes=True,
+        has_received_servers=True,
     )
     replicas = [ServerConfig(f"r{number}", "127.0.0.1", port) for number, port in enumerate(servers)]
     fallback = ServerConfig("fallback", "127.0.0.1", 1)
@@ -260,6 +262,44 @@ async def test_replicas_that_serve_takes_off_its_list_go_on_while_they_are_healt
     replica.close()
     async with proxy_before(folder, [], environment) as url, httpx.AsyncClient(base_url=url) as client:
         assert_is_unavailable(await client.post("/predict", content=b"x"))
+
+
+async def test_a_replica_that_is_ending_is_asked_while_there_is_no_other(folder: Path) -> None:
+    """Serve has told it to end, which its health tells, and HAProxy does not know the next one yet."""
+    unhealthy = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
+    checked = asyncio.Event()
+    count = 0
+
+    async def ending(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        while True:
+            if b"/-/healthz" in await read_request(reader):
+                count += 1
+                writer.write(unhealthy)
+                if count > 5:
+                    checked.set()
+                continue
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
+
+    async with proxy(folder, ending) as url, httpx.AsyncClient(base_url=url) as client:
+        async with asyncio.timeout(30):
+            await checked.wait()
+        for body in (b"x", LARGE):
+            assert (await client.post("/predict", content=body)).content == b"{}"
+
+
+async def test_haproxy_is_ready_while_a_replica_takes_connections(folder: Path) -> None:
+    servers: list[asyncio.Server] = []
+
+    async def becomes(client: httpx.AsyncClient, status: int) -> None:
+        async with asyncio.timeout(30):
+            while (await client.get("/-/healthz")).status_code != status:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    async with proxy(folder, answering(), started=servers) as url, httpx.AsyncClient(base_url=url) as client:
+        await becomes(client, 200)
+        servers[0].close()
+        await becomes(client, 503)
 
 
 async def test_without_an_application_it_is_unavailable(folder: Path) -> None:

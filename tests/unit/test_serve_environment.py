@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from overtone.errors import EnvironmentProblemError
-from serve.environment import haproxy_pids, is_loopback, runtime_folder, serve_environment
+from serve.environment import haproxy_pids, is_loopback, runtime_folder, serve_environment, write_pod_script
 
 TEMPLATE = """\
 global
@@ -50,26 +50,44 @@ def test_only_a_loopback_host_keeps_ray_on_loopback(folder: Path) -> None:
     assert name not in serve_environment(host="0.0.0.0", folder=folder)
 
 
-def test_the_script_closes_what_ray_leaves_open(folder: Path, tmp_path: Path) -> None:
-    script = Path(serve_environment(host="127.0.0.1", folder=folder)["RAY_SERVE_HAPROXY_BINARY_PATH"])
-    shown = tmp_path / "shown.sh"
+def edited(script: Path, folder: Path) -> Path:
+    """Ray's configuration after `script` had it, which passes its arguments on."""
+    shown = folder / "shown.sh"
     shown.write_text(script.read_text().rpartition("exec ")[0] + 'echo "$@"\n')
-    config = tmp_path / "haproxy.cfg"
+    config = folder / "haproxy.cfg"
     config.write_text(TEMPLATE)
     done = subprocess.run(
         ["sh", str(shown), "-db", "-f", str(config), "-sf", "1"], capture_output=True, text=True, check=True
     )
-
     assert done.stdout.split() == ["-db", "-f", str(config), "-sf", "1"]
+    return config
+
+
+def test_in_a_pod_the_metrics_alone_stay_on_the_network(folder: Path, tmp_path: Path) -> None:
+    config = edited(write_pod_script(folder), tmp_path).read_text()
+
+    assert [line.split(maxsplit=1)[1] for line in config.splitlines() if " bind " in line] == [
+        ":9101",
+        "127.0.0.1:8000",
+        f"unix@{folder}/stats.sock mode 600",
+        f"unix@{folder}/last.sock mode 600",
+    ]
+    assert "mode 666" not in config
+
+
+def test_the_script_closes_what_ray_leaves_open(folder: Path, tmp_path: Path) -> None:
+    script = Path(serve_environment(host="127.0.0.1", folder=folder)["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    config = edited(script, tmp_path)
+
     assert [line.split(maxsplit=1)[1] for line in config.read_text().splitlines() if " bind " in line] == [
         f"unix@{folder}/metrics.sock mode 600",
         "127.0.0.1:8000",
         f"unix@{folder}/stats.sock mode 600",
-        f"unix@{folder}/unavailable.sock mode 600",
+        f"unix@{folder}/last.sock mode 600",
     ]
     assert "mode 666" not in config.read_text()
     assert "514" not in config.read_text()
-    waits = r"^defaults\n *option http-buffer-request\n *timeout http-request 30s$"
+    waits = r"^defaults\n(?: .*\n)* *option http-buffer-request\n *timeout http-request 30s$"
     assert re.search(waits, config.read_text(), re.MULTILINE)
     assert script.stat().st_mode & 0o777 == 0o700
 
