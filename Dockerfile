@@ -26,7 +26,7 @@ COPY configs/ configs/
 
 FROM runtime AS cpu
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels --mount=type=cache,target=/root/.cache/pip \
-    sh /usr/local/lib/overtone/install.sh /wheels /opt/overtone "kube,archive"
+    sh /usr/local/lib/overtone/install.sh /wheels /opt/overtone "kube,archive,secrets"
 USER 1000:1000
 EXPOSE 8000
 STOPSIGNAL SIGTERM
@@ -37,7 +37,7 @@ CMD ["overtone", "up"]
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels --mount=type=cache,target=/root/.cache/pip \
-    sh /usr/local/lib/overtone/install.sh /wheels /opt/overtone "kube,archive,train,gpu"
+    sh /usr/local/lib/overtone/install.sh /wheels /opt/overtone "kube,archive,secrets,train,gpu"
 USER 1000:1000
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \

@@ -56,6 +56,10 @@ class XApi:
         self._client = AsyncClient(token, return_type=dict)
         self._session: aiohttp.ClientSession | None = None
 
+    def use_token(self, token: str) -> None:
+        """Ask with `token` from now on."""
+        self._rules_client.bearer_token = self._client.bearer_token = token
+
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(timeout=self._timeout)
         self._rules_client.session = self._client.session = _Session(self._session, self.base_url)

@@ -162,6 +162,10 @@ class ComplianceApi:
         self._headers = {"Authorization": f"Bearer {token}"}
         self._session: aiohttp.ClientSession | None = None
 
+    def use_token(self, token: str) -> None:
+        """Ask with `token` from now on."""
+        self._headers = {"Authorization": f"Bearer {token}"}
+
     async def __aenter__(self) -> "ComplianceApi":
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=_STALL_S)
         self._session = aiohttp.ClientSession(timeout=timeout, read_bufsize=2**20)
@@ -261,12 +265,20 @@ class ComplianceKeeper:
         self._enforcer = Enforcer(eraser)
         self._source = source
         self._options = options
+        self._api: ComplianceApi | None = None
+
+    def use_token(self, token: str) -> None:
+        """Ask with `token` from now on; a stream that is open goes on as it is."""
+        self._token = token
+        if self._api is not None:
+            self._api.use_token(token)
 
     async def run(self) -> None:
         """Sweep, or follow the streams, until cancelled."""
         if self._options.mode == "off":
             await asyncio.Event().wait()
         async with ComplianceApi(self._base_url, self._token) as api:
+            self._api = api
             if self._options.mode == "sweep":
                 await self._sweep_for_ever(api)
             partitions = range(1, self._options.partitions + 1)

@@ -10,10 +10,8 @@ import hashlib
 import random
 from collections.abc import Callable
 
-import asyncpg
-
 from ingest.options import LeaderOptions
-from overtone.db.database import Connection, asyncpg_dsn, connection_errors, translated_errors, watch_silence
+from overtone.db.database import Address, Connection, connection_errors, translated_errors, watch_silence
 from overtone.errors import DatabaseUnavailableError, FencedError, OvertoneError
 from overtone.logging import get_logger
 
@@ -25,9 +23,11 @@ _log = get_logger()
 class Leadership:
     """The lock of `stream`, held or wanted."""
 
-    def __init__(self, url: str, stream: str, options: LeaderOptions, note: Callable[[OvertoneError], None]) -> None:
-        """`note` hears of it when the database is away."""
-        self._url = url
+    def __init__(
+        self, address: Address, stream: str, options: LeaderOptions, note: Callable[[OvertoneError], None]
+    ) -> None:
+        """`note` hears of it when the database at `address` is away."""
+        self._address = address
         self._stream = stream
         self._options = options
         self._note = note
@@ -86,8 +86,7 @@ class Leadership:
 
     async def _connect(self) -> Connection:
         with connection_errors():
-            connection = await asyncpg.connect(
-                asyncpg_dsn(self._url),
+            connection = await self._address.connect(
                 timeout=_CONNECT_TIMEOUT_S,
                 server_settings={"application_name": "overtone-ingest-leader"},
             )

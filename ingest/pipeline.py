@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 from ingest.api import XApi
@@ -29,11 +30,12 @@ from ingest.store import FoundStore, PostStore
 from ingest.stream import StreamSupervisor
 from ingest.waiting import until_it_works
 from ingest.writer import Writer
-from overtone.db.database import Database
+from overtone.db.database import Address, Database
 from overtone.db.posts import claim_stream
 from overtone.erasure import open_eraser
 from overtone.errors import ConfigurationError, FencedError, OvertoneError, StreamError, StreamFatalError
 from overtone.logging import get_logger
+from overtone.rotation import Rotation
 from overtone.schema import snowflake_to_datetime
 from overtone.settings import Settings
 from overtone.spool import Spool
@@ -48,8 +50,8 @@ T = TypeVar("T")
 class Pipeline:
     """One life of the ingestion."""
 
-    def __init__(self, settings: Settings, options: IngestOptions) -> None:
-        """Check what can be checked without a connection.
+    def __init__(self, settings: Settings, options: IngestOptions, rotation: Rotation | None = None) -> None:
+        """Check what can be checked without a connection. Secrets are followed as `rotation` changes them.
 
         Raises:
             ConfigurationError: a setting that is needed is missing.
@@ -62,6 +64,7 @@ class Pipeline:
                 "X_API_BASE_URL at it and set any token."
             )
         self._settings = settings
+        self._rotation = rotation or Rotation(settings)
         self._options = options
         self._token = settings.twitter_bearer_token.get_secret_value()
         self._database_url = settings.database_url.get_secret_value()
@@ -89,8 +92,12 @@ class Pipeline:
             if db is None:
                 return
             stack.push_async_callback(db.close)
-            client = await stack.enter_async_context(client_for(self._settings, self._options.classify.timeout_s))
-            leadership = Leadership(self._database_url, self.source, self._options.leader, self._note)
+            stack.callback(self._rotation.follow("database_url", partial(self._move_database, db)))
+            client = await stack.enter_async_context(
+                client_for(self._settings, self._options.classify.timeout_s, lambda: self._rotation.settings)
+            )
+            address = Address(self._database_url, self._rotation.renew_database_url)
+            leadership = Leadership(address, self.source, self._options.leader, self._note)
             stack.push_async_callback(leadership.close)
             epoch = await self._unless(stop, self._lead(leadership, db, client))
             if epoch is None:
@@ -224,7 +231,9 @@ class Pipeline:
         retention = RetentionKeeper(ledger.db, self._settings, options.retention)
         # Of the leaders of a stream in partitions one does what concerns the whole database.
         duties = [compliance.run(), retention.run()] if options.stream.partition in (None, 1) else []
+        users = (api, self._supervisor, replay, compliance)
         parts = [
+            self._follow_token(users),
             leadership.hold(ledger.epoch),
             *duties,
             classifier.run(),
@@ -242,9 +251,28 @@ class Pipeline:
         await _run_until(stop, parts, drain, options.drain_s)
 
     async def _open_database(self) -> Database:
+        renew = self._rotation.renew_database_url
         return await until_it_works(
-            lambda: Database.open(self._database_url, application_name="overtone-ingest"), self._note
+            lambda: Database.open(self._database_url, application_name="overtone-ingest", renew=renew), self._note
         )
+
+    async def _move_database(self, db: Database, settings: Settings) -> None:
+        if settings.database_url is not None:
+            await db.move_to(settings.database_url.get_secret_value())
+
+    async def _follow_token(self, users: "Sequence[XApi | StreamSupervisor | Replay | ComplianceKeeper]") -> None:
+        """Give `users` each new bearer token until cancelled."""
+
+        async def take(settings: Settings) -> None:
+            if settings.twitter_bearer_token is not None:
+                for user in users:
+                    user.use_token(settings.twitter_bearer_token.get_secret_value())
+
+        end = self._rotation.follow("twitter_bearer_token", take)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            end()
 
     @property
     def _asks_usage(self) -> bool:
@@ -279,7 +307,7 @@ class Ingestion:
     """Runs pipelines one after another: an unexpected failure costs a pause and a new pipeline, never silence."""
 
     def __init__(self, settings: Settings, options: IngestOptions) -> None:
-        self._settings = settings
+        self._rotation = Rotation(settings)
         self._options = options
         self._pipeline: Pipeline | None = None
         self._state = "starting"
@@ -294,11 +322,12 @@ class Ingestion:
             ConfigurationError, StreamFatalError: starting again cannot help.
         """
         wait_s = 1.0
+        refreshing = asyncio.create_task(self._rotation.keep_fresh())
         try:
             while not stop.is_set():
                 began = time.monotonic()
                 try:
-                    self._pipeline = Pipeline(self._settings, self._options)
+                    self._pipeline = Pipeline(self._rotation.settings, self._options, self._rotation)
                     self._state = "running"
                     await self._pipeline.run(stop)
                 except FencedError as error:
@@ -308,6 +337,8 @@ class Ingestion:
                     continue
                 except OvertoneError as error:
                     self._last_error = error.message
+                    if await self._token_changes(error, stop):
+                        continue
                     if isinstance(error, ConfigurationError) or (
                         isinstance(error, StreamError) and not error.retryable
                     ):
@@ -324,7 +355,21 @@ class Ingestion:
                 wait_s = 1.0 if time.monotonic() - began > _GOOD_RUN_S else min(wait_s * 2, _MAX_RESTART_WAIT_S)
                 await _sleep_unless(stop, wait_s)
         finally:
+            refreshing.cancel()
             self._state = "stopped"
+
+    async def _token_changes(self, error: OvertoneError, stop: asyncio.Event) -> bool:
+        """Whether `error` is a bearer token that X refuses and that may have been exchanged by now; waits for that."""
+        may_change = "twitter_bearer_token" in self._rotation.settings.may_change
+        if not may_change or not isinstance(error, StreamFatalError) or error.details.get("status") != 401:
+            return False
+        refused = self._rotation.settings.twitter_bearer_token
+        self._state = "waiting"
+        _log.error("ingest.waits_for_token", reason=error.message)
+        if (await self._rotation.renew()).twitter_bearer_token == refused:
+            # A new one may have come while the old one was being refused, so that this does not wait for a change.
+            await _sleep_unless(stop, self._rotation.settings.secrets_refresh_s)
+        return True
 
     def status(self) -> dict[str, Any]:
         """The figures of the present pipeline and of this process. Callable from any thread."""

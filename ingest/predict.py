@@ -1,5 +1,6 @@
 """The HTTP API as a client: texts in, predictions out, every failure sorted into what the caller can do about it."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,24 @@ Outcome = Prediction | Refused | Postponed
 class PredictClient:
     """`POST /predict/batch` at `base_url`. An async context manager."""
 
-    def __init__(self, base_url: str, header: str, read_key: Callable[[], str], *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        header: str,
+        read_key: Callable[[], str],
+        *,
+        timeout_s: float = 60.0,
+        fresh_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """The key is read again every `fresh_s` seconds, and when it is refused."""
         self._url = f"{base_url}/predict/batch"
         self._header = header
         self._read_key = read_key
         self._key: str | None = None
+        self._key_read_at = 0.0
+        self._fresh_s = fresh_s
+        self._clock = clock
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=5.0)
         self._session: aiohttp.ClientSession | None = None
 
@@ -86,20 +100,28 @@ class PredictClient:
         return outcomes_of(body, len(texts))
 
     def _current_key(self) -> str:
-        if self._key is None:
-            self._key = self._read_key()
+        now = self._clock()
+        if self._key is None or now - self._key_read_at >= self._fresh_s:
+            try:
+                self._key = self._read_key()
+            except UnauthorizedError:
+                if self._key is None:
+                    raise
+            self._key_read_at = now
         return self._key
 
 
-def client_for(settings: Settings, timeout_s: float) -> PredictClient:
-    """The client of the API that `settings` describe."""
+def client_for(settings: Settings, timeout_s: float, latest: Callable[[], Settings] | None = None) -> PredictClient:
+    """The client of the API that `settings` describe, with the key of the `latest` ones."""
+    newest = latest or (lambda: settings)
     host = _ANY_ADDRESS.get(settings.api_host, settings.api_host)
     shown = f"[{host}]" if ":" in host else host
     return PredictClient(
         f"http://{shown}:{settings.api_port}",
         settings.api_key_header,
-        lambda: read_key(settings),
+        lambda: read_key(newest()),
         timeout_s=timeout_s,
+        fresh_s=settings.secrets_refresh_s,
     )
 
 

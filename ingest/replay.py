@@ -29,6 +29,10 @@ class Replay:
         self._options = options
         self._connects = connects
 
+    def use_token(self, token: str) -> None:
+        """Connect with `token` from the next time on."""
+        self._token = token
+
     async def open(self, since: datetime, until: datetime) -> "ReplayLines":
         """Connect once that is allowed; the lines of the posts published from `since` to `until`."""
         await self._api.gate.until_open()

@@ -78,6 +78,10 @@ class StreamSupervisor:
         self._killed_at = float("-inf")
         self._rules_are_right = False
 
+    def use_token(self, token: str) -> None:
+        """Connect with `token` from the next time on."""
+        self._token = token
+
     async def run(self, inbox: Inbox) -> None:
         """Fill `inbox` for ever.
 

@@ -86,6 +86,10 @@ SPEND_CAP_POSTS = Gauge(
 RETENTION_DONE = Gauge(
     "overtone_ingest_retention_done_seconds", "Unix time of the last retention.", multiprocess_mode="livemax"
 )
+SECRETS_READ = Counter(
+    "overtone_secrets_read_total", "Readings of secrets from files and stores, after the first.", ["outcome"]
+)
+"""outcome: `read` or `failed`."""
 DB_POOL = Gauge("overtone_db_pool_connections", "Connections of the pool.", ["state"], multiprocess_mode="livesum")
 
 

@@ -1,19 +1,36 @@
 """The settings of a process: the only code that reads the environment.
 
 An entry point calls `load_settings()` once and passes the result down. Sources, first wins: the environment, the
-file `.env` in the working directory, the defaults here.
+file `.env` in the working directory, for a secret the file that `<NAME>_FILE` names and the stores of `SECRETS_FROM`,
+the defaults here. Secrets from files and stores may change while the process runs: `overtone.rotation` follows them.
 """
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from overtone.errors import ConfigurationError
+from overtone.secrets import SecretStore, check_address, open_stores, read_file
 
 
 def _http_url(value: str) -> str:
@@ -50,6 +67,16 @@ def _long_secret(value: SecretStr) -> SecretStr:
 
 _JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Where the secrets of one `Settings` come from."""
+
+    given: frozenset[str] = frozenset()
+    """Names of those that the environment, `.env` or the caller gave: they stay as they are."""
+    files: Mapping[str, Path] = dataclass_field(default_factory=dict)
+
+
 Algorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "HS256", "HS384", "HS512"
 ]
@@ -57,9 +84,7 @@ HttpUrl = Annotated[str, AfterValidator(_http_url)]
 WantedEngine = Literal["auto", "onnx-cpu", "onnx-cuda", "onnx-tensorrt", "torch"]
 
 
-class Settings(BaseSettings):
-    """Every environment variable the product reads, with its unit, range and default."""
-
+class _Variables(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=".env",
         env_file_encoding="utf-8",
@@ -69,9 +94,29 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
+
+class Settings(_Variables):
+    """Every environment variable the product reads, with its unit, range and default."""
+
     # --- where things are kept
     overtone_home: Path = Field(
         Path("~/.overtone"), description="Folder of all local state: key, database, logs. A path."
+    )
+
+    # --- secrets
+    secrets_from: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Where secrets are kept that are set nowhere else, comma-separated, the first that has one wins:"
+        " file:///FOLDER, aws://NAME?region=REGION, vault://HOST:PORT/MOUNT/PATH?role=ROLE. Unset: nowhere.",
+    )
+    secrets_refresh_s: int = Field(
+        60,
+        ge=1,
+        le=86_400,
+        description="Seconds after which a process that runs reads secrets from files and stores again. 1 to 86400.",
+    )
+    vault_token: SecretStr | None = Field(
+        None, description="Token for vault:// addresses without a role. Unset: the role signs in, by its pod."
     )
 
     # --- X API
@@ -225,6 +270,9 @@ class Settings(BaseSettings):
     jwt_secret: Annotated[SecretStr, AfterValidator(_long_secret)] | None = Field(
         None, description="Secret of tokens signed by HS256. At least 32 bytes. Unset: no such tokens."
     )
+    jwt_secret_previous: Annotated[SecretStr, AfterValidator(_long_secret)] | None = Field(
+        None, description="What JWT_SECRET was before: its tokens are taken for as long as this is set. Unset: none."
+    )
     jwt_algorithms: Annotated[tuple[Algorithm, ...], NoDecode] = Field(
         ("RS256", "ES256", "HS256"),
         min_length=1,
@@ -284,6 +332,14 @@ class Settings(BaseSettings):
         description="Folder through which the processes of one machine add up their metrics. Set by `overtone up`.",
     )
 
+    _sources: _Sources = PrivateAttr(default_factory=_Sources)
+
+    @property
+    def may_change(self) -> frozenset[str]:
+        """Names of the secrets that may change while this process runs, because files or stores hold them."""
+        kept = secret_names() if self.secrets_from else self._sources.files
+        return frozenset(kept) - self._sources.given
+
     @property
     def home(self) -> Path:
         """`overtone_home`, absolute, with `~` resolved."""
@@ -307,10 +363,15 @@ class Settings(BaseSettings):
             raise ValueError("needs JWT_ISSUER and JWT_AUDIENCE beside it")
         return value
 
-    @field_validator("jwt_algorithms", "erasure_folders", mode="before")
+    @field_validator("jwt_algorithms", "erasure_folders", "secrets_from", mode="before")
     @classmethod
     def _split_words(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("secrets_from")
+    @classmethod
+    def _check_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_address(address) for address in value)
 
     @field_validator("cors_origins", mode="before")
     @classmethod
@@ -326,11 +387,75 @@ def load_settings(**overrides: Any) -> Settings:
 
     Raises:
         ConfigurationError: naming each variable that is wrong and what it may be, never a value.
+        EnvironmentProblemError: the library of a store of secrets is not installed.
+        UnavailableError: a store of secrets does not answer.
     """
+    with _explained():
+        settings = Settings(**overrides)
+        files = _secret_files()(**{"_env_file": overrides["_env_file"]} if "_env_file" in overrides else {})
+    settings._sources = _sources_of(settings, files)
+    if not settings.may_change:
+        return settings
+    return read_secrets(settings, open_stores(settings.secrets_from))
+
+
+def read_secrets(settings: Settings, stores: Sequence[SecretStore]) -> Settings:
+    """`settings` with the secrets that files and `stores` hold as they are now. Blocks.
+
+    Raises:
+        ConfigurationError: a secret cannot be read, or is not what it must be.
+        UnavailableError: a store does not answer.
+    """
+    found = {name: read_file(path) for name, path in settings._sources.files.items()}
+    token = found.get("vault_token") or (settings.vault_token.get_secret_value() if settings.vault_token else None)
+    for store in stores:
+        found = store.read(token) | found
+    checked: dict[str, Any] = {}
+    for name in settings.may_change:
+        with _explained(name):
+            checked[name] = _adapter(name).validate_python(found.get(name) or None)
+    return settings.model_copy(update=checked)
+
+
+@cache
+def secret_names() -> frozenset[str]:
+    """The names of the settings that are secrets."""
+    return frozenset(name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation))
+
+
+@cache
+def _secret_files() -> type[BaseSettings]:
+    """The variables that name files: DATABASE_URL_FILE for DATABASE_URL, and so on."""
+    fields: dict[str, Any] = {f"{name}_file": (Path | None, None) for name in sorted(secret_names())}
+    return create_model("_SecretFiles", __base__=_Variables, **fields)
+
+
+def _sources_of(settings: Settings, files: BaseSettings) -> _Sources:
+    given = settings.model_fields_set & secret_names()
+    named = {name.removesuffix("_file"): path for name, path in files if path is not None}
+    twice = sorted(given & set(named))
+    if twice:
+        names = (f"{name.upper()} and {name.upper()}_FILE are both set: keep one." for name in twice)
+        raise ConfigurationError("\n".join(names))
+    return _Sources(frozenset(given), named)
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    annotation: Any = Settings.model_fields[name].annotation
+    return TypeAdapter(annotation)
+
+
+@contextmanager
+def _explained(field: str | None = None) -> Iterator[None]:
+    """Raise what pydantic says, of `field` alone if that is given, as an error for people."""
     try:
-        return Settings(**overrides)
+        yield
     except ValidationError as error:
-        lines = [_explain(str(item["loc"][0]) if item["loc"] else "settings", item["msg"]) for item in error.errors()]
+        lines = [
+            _explain(field or (str(item["loc"][0]) if item["loc"] else "settings"), item["msg"])
+            for item in error.errors()
+        ]
         raise ConfigurationError("\n".join(lines)) from None
 
 
@@ -348,6 +473,10 @@ def environment_for(settings: Settings, **extra: str) -> dict[str, str]:
     """
     inherited = {name: value for name, value in os.environ.items() if name != _JOB_OF_RAY}
     chosen = {"OVERTONE_HOME": str(settings.home), "API_HOST": settings.api_host, "API_PORT": str(settings.api_port)}
+    if settings.secrets_from:
+        chosen["SECRETS_FROM"] = ",".join(settings.secrets_from)
+    for name, path in settings._sources.files.items():
+        chosen[f"{name.upper()}_FILE"] = str(path.absolute())
     return {**inherited, **chosen, **extra}
 
 
@@ -361,6 +490,7 @@ def env_example() -> str:
     """The text of `.env.example`: every variable, its meaning and its default, all commented out."""
     lines = [
         "# Settings of Overtone. Copy to .env and uncomment what you change; the environment wins over this file.",
+        "# A secret may be kept in a file instead, which <NAME>_FILE names, such as DATABASE_URL_FILE=/run/secrets/db.",
         "",
     ]
     for name, field in Settings.model_fields.items():

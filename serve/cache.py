@@ -84,9 +84,7 @@ class RedisCache:
 
     def __init__(self, url: str, *, ttl_s: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Nothing is connected yet."""
-        self._redis: Redis = Redis.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, max_connections=16, retry=None
-        )
+        self._redis = _client(url)
         self._ttl_s = ttl_s
         self._clock = clock
         self._rests_until = 0.0
@@ -115,6 +113,13 @@ class RedisCache:
         except (RedisError, OSError, TimeoutError) as error:
             self._rest(error)
 
+    async def move_to(self, url: str) -> None:
+        """Use the Redis at `url` from now on."""
+        old, self._redis = self._redis, _client(url)
+        self._rests_until = 0.0
+        with suppress(RedisError, OSError):
+            await old.aclose()
+
     async def close(self) -> None:
         """See `Cache.close`."""
         with suppress(RedisError, OSError):
@@ -127,6 +132,12 @@ class RedisCache:
     def _rest(self, error: Exception) -> None:
         self._rests_until = self._clock() + _REST_S
         get_logger().warning("cache.away", reason=type(error).__name__, rest_s=_REST_S)
+
+
+def _client(url: str) -> Redis:
+    return Redis.from_url(
+        url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, max_connections=16, retry=None
+    )
 
 
 def _unpack(value: bytes | str | None) -> Scores | None:

@@ -135,6 +135,14 @@ class Quotas:
             found.append((b"ratelimit", state.encode("ascii")))
         return found
 
+    async def move_to(self, redis_url: str) -> None:
+        """Count in the Redis at `redis_url` from now on. What is under way there is counted here."""
+        old, self._pool = self._pool, _pool(redis_url)
+        self._common = _common(self._pool)
+        self._down_until = None
+        if old is not None:
+            await old.disconnect()
+
     async def close(self) -> None:
         """Close the connections."""
         if self._pool is not None:

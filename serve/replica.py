@@ -1,7 +1,7 @@
 """The deployment: one process that listens, batches and runs the engine."""
 
 import contextlib
-from asyncio import Task, get_running_loop, to_thread
+from asyncio import Task, TaskGroup, get_running_loop, to_thread
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from overtone.engine import open_engine
 from overtone.erasure import open_eraser
 from overtone.errors import BundleError, ConfigurationError, EngineError
 from overtone.metrics import forget_dead_processes
+from overtone.rotation import Rotation
 from overtone.settings import Settings, load_settings
 from serve.auth import Gate, KeyRing
 from serve.batcher import Limits
@@ -24,6 +25,7 @@ from serve.environment import DEPLOYMENT, is_loopback
 from serve.http import create_app
 from serve.quotas import Allowance, Quotas
 from serve.rollout import LiveOptions
+from serve.rotation import address, follow_secrets
 from serve.scaling import LoadMeter
 from serve.service import Service
 from serve.shortcut import Shortcut
@@ -59,20 +61,26 @@ class Replica:
             self._settings.limit_texts_per_minute,
             self._settings.limit_texts_per_day,
         )
+        self._rotation = Rotation(self._settings)
         self._store = Store(
-            _database_url(self._settings), default=allowance, eraser_for=partial(open_eraser, self._settings)
+            address(self._settings.database_url),
+            default=allowance,
+            eraser_for=partial(open_eraser, self._settings),
+            renew=self._rotation.renew_database_url,
         )
         self._keys = KeyRing(self._store)
-        self._quotas = Quotas(_redis_url(self._settings))
+        self._quotas = Quotas(address(self._settings.redis_url))
         self._tokens = open_tokens(self._settings, allowance or None)
         self._gate = Gate(
             self._keys, api_key_header=self._settings.api_key_header, tokens=self._tokens, quotas=self._quotas
         )
+        cache = _cache(self._settings)
+        follow_secrets(self._rotation, store=self._store, tokens=self._tokens, quotas=self._quotas, cache=cache)
         self._classifier = Classifier(
             limits=options.limits,
             threads=options.threads,
             engine_for=partial(open_engine, wanted=self._settings.engine, built=self._settings.tensorrt_folder),
-            cache=_cache(self._settings),
+            cache=cache,
         )
         self._tracing = open_tracing(self._settings.otel_exporter_otlp_endpoint, self._settings.otel_traces_sampler_arg)
         self._service = Service(
@@ -109,7 +117,7 @@ class Replica:
         if self._refreshing is None:
             # A database that is away at the start stops nothing but the look-up of keys.
             await self._keys.refresh()
-            self._refreshing = get_running_loop().create_task(self._gate.keep_fresh())
+            self._refreshing = get_running_loop().create_task(self._keep_fresh())
         self._quotas.share_among(serve.get_replica_context().world_size)
         try:
             live = LiveOptions.model_validate(config)
@@ -148,23 +156,20 @@ class Replica:
         await self._quotas.close()
         await self._store.close()
 
+    async def _keep_fresh(self) -> None:
+        async with TaskGroup() as group:
+            group.create_task(self._gate.keep_fresh())
+            group.create_task(self._rotation.keep_fresh())
+
 
 deployment: Any = serve.deployment(name=DEPLOYMENT)(serve.ingress()(Replica))
 """`Replica`, as Serve takes it."""
 
 
-def _database_url(settings: Settings) -> str | None:
-    return settings.database_url.get_secret_value() if settings.database_url else None
-
-
-def _redis_url(settings: Settings) -> str | None:
-    return settings.redis_url.get_secret_value() if settings.redis_url else None
-
-
 def _cache(settings: Settings) -> Cache | None:
     if not settings.cache_entries:
         return None
-    url = _redis_url(settings)
+    url = address(settings.redis_url)
     return RedisCache(url, ttl_s=settings.cache_ttl_s) if url else MemoryCache(settings.cache_entries)
 
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from overtone.db import keys
-from overtone.db.database import Database
+from overtone.db.database import Database, Renew
 from overtone.db.feedback import Feedback, Written, write_feedback
 from overtone.db.predictions import stats
 from overtone.erasure import Eraser, Kind
@@ -26,12 +26,15 @@ class Store:
         max_connections: int = 4,
         default: Allowance | None = None,
         eraser_for: Callable[[Database], Eraser] | None = None,
+        renew: Renew | None = None,
     ) -> None:
         """Nothing is connected yet. Without `url` every call raises `DatabaseUnavailableError`.
 
         `default` holds the limits of keys that set none of their own. Without `eraser_for` nothing can be erased.
+        `renew` reads the address again when the server refuses its user or password.
         """
         self._eraser_for = eraser_for
+        self._renew = renew
         self._url = url
         self._default = default or Allowance()
         self._max_connections = max_connections
@@ -94,6 +97,13 @@ class Store:
             raise UnavailableError("Erasure is not configured here.")
         return await self._eraser_for(await self._open()).erase(kind, number, actor=actor)
 
+    async def move_to(self, url: str) -> None:
+        """Use the database at `url` from now on; see `Database.move_to`."""
+        async with self._opening:
+            if self._database is not None:
+                await self._database.move_to(url)
+            self._url = url
+
     async def close(self) -> None:
         """Close the connections."""
         if self._database is not None:
@@ -108,7 +118,10 @@ class Store:
             if self._database is None:
                 try:
                     self._database = await Database.open(
-                        self._url, max_size=self._max_connections, application_name="overtone-serve"
+                        self._url,
+                        max_size=self._max_connections,
+                        application_name="overtone-serve",
+                        renew=self._renew,
                     )
                 except ConfigurationError as error:
                     get_logger().error("database.refused", reason=error.message)

@@ -7,7 +7,8 @@ found good is remembered by its digest until it ends, so that the next request w
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -123,9 +124,8 @@ class Tokens:
 
     def __init__(self, settings: Settings, *, keys: KeySet | None = None, allowance: Allowance | None = None) -> None:
         """`keys` are needed for tokens not signed by the secret of the settings; `allowance` limits each subject."""
-        secret = settings.jwt_secret
         self._settings = settings
-        self._secret = secret.get_secret_value().encode() if secret else None
+        self._secrets = _secrets(settings)
         self._keys = keys
         self._allowance = allowance
         self._known: dict[bytes, Identity] = {}
@@ -147,6 +147,11 @@ class Tokens:
             raise UnauthorizedError(_REFUSED)
         return identity
 
+    async def use_secrets(self, settings: Settings) -> None:
+        """Take what the secrets of `settings` have signed, and what no other secret has, from now on."""
+        self._secrets = _secrets(settings)
+        self._known = {}
+
     async def keep_fresh(self) -> None:
         """Keep the provider's keys fresh for as long as the task runs."""
         if self._keys is not None:
@@ -166,29 +171,35 @@ class Tokens:
             algorithm = header.get("alg")
             if algorithm not in settings.jwt_algorithms or "crit" in header:
                 raise jwt.InvalidTokenError
-            claims = jwt.decode(
-                token,
-                await self._key(algorithm, header.get("kid")),
-                algorithms=[algorithm],
-                issuer=settings.jwt_issuer,
-                audience=settings.jwt_audience,
-                leeway=settings.jwt_leeway_s,
-                options={"require": _required(settings), "verify_aud": settings.jwt_audience is not None},
-            )
+            claims = self._claims(token, algorithm, await self._keys_for(algorithm, header.get("kid")))
             return _identity(claims, settings, self._allowance)
         except (jwt.PyJWTError, ValueError, OverflowError, RecursionError):
             raise UnauthorizedError(_REFUSED) from None
 
-    async def _key(self, algorithm: str, key_id: str | None) -> Any:
-        """What checks a signature by `algorithm`: bytes of the secret, or a public key of that kind."""
+    def _claims(self, token: str, algorithm: str, keys: Sequence[Any]) -> dict[str, Any]:
+        """What `token` says, if one of `keys` has signed it and it is for us and in force."""
+        settings = self._settings
+        for key in keys:
+            with suppress(jwt.InvalidSignatureError):
+                return jwt.decode(
+                    token,
+                    key,
+                    algorithms=[algorithm],
+                    issuer=settings.jwt_issuer,
+                    audience=settings.jwt_audience,
+                    leeway=settings.jwt_leeway_s,
+                    options={"require": _required(settings), "verify_aud": settings.jwt_audience is not None},
+                )
+        raise jwt.InvalidSignatureError
+
+    async def _keys_for(self, algorithm: str, key_id: str | None) -> Sequence[Any]:
+        """What may have made a signature by `algorithm`: the secrets, as bytes, or a public key of that kind."""
         if algorithm.startswith("HS"):
-            if self._secret is None:
-                raise jwt.InvalidKeyError
-            return self._secret
+            return self._secrets
         key = await self._keys.find(key_id) if self._keys is not None else None
         if key is None or algorithm not in key.algorithms:
             raise jwt.InvalidKeyError
-        return key.key
+        return [key.key]
 
     def _remember(self, digest: bytes, identity: Identity) -> None:
         if len(self._known) >= _MAX_KNOWN:
@@ -201,10 +212,16 @@ class Tokens:
 
 def open_tokens(settings: Settings, allowance: Allowance | None) -> Tokens | None:
     """What checks tokens as `settings` say; None if they name neither a secret nor a provider."""
-    if settings.jwt_secret is None and settings.jwt_jwks_url is None:
+    if not _secrets(settings) and settings.jwt_jwks_url is None:
         return None
     keys = KeySet(settings.jwt_jwks_url) if settings.jwt_jwks_url else None
     return Tokens(settings, keys=keys, allowance=allowance)
+
+
+def _secrets(settings: Settings) -> tuple[bytes, ...]:
+    """The secrets that may have signed a token, the newer one first."""
+    found = (settings.jwt_secret, settings.jwt_secret_previous)
+    return tuple(secret.get_secret_value().encode() for secret in found if secret is not None)
 
 
 def _usable_keys(body: bytes) -> Mapping[str | None, PublicKey]:

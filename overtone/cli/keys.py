@@ -139,7 +139,8 @@ def rotate(settings: Settings, key: str, console: Console, *, grace_s: float, as
     console.print(f"The key [bold]{key_id}[/] has a new secret. {old}", highlight=False, soft_wrap=True)
     if is_home_key:
         told = (
-            f"It is the key of this home and is now in {home_file}. Start `overtone up` anew before the old one ends."
+            f"It is the key of this home and is now in {home_file}, where the ingestion finds it within"
+            f" {settings.secrets_refresh_s} s."
         )
         console.print(escape(told), highlight=False, soft_wrap=True)
     _print_secret(console, secret)

@@ -125,7 +125,9 @@ def make_plan(
     if not files and not simulates and _RULES.is_file():
         files = (_RULES.absolute(),)
     load_options(files)
-    environment = environment_for(settings, DATABASE_URL=database_url, **ray_variables(settings, home, folder))
+    environment = environment_for(settings, **ray_variables(settings, home, folder))
+    if "database_url" not in settings.may_change or postgres:
+        environment["DATABASE_URL"] = database_url
     if simulates:
         environment["X_API_BASE_URL"] = f"http://{LOOPBACK}:{ports.simulator}"
         environment["TWITTER_BEARER_TOKEN"] = _SIMULATOR_TOKEN

@@ -2,9 +2,9 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Self, TypeAlias, cast
+from typing import Any, Self, TypeAlias, cast
 
 import asyncpg
 
@@ -12,6 +12,8 @@ from overtone import metrics
 from overtone.errors import ConfigurationError, DatabaseUnavailableError
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Renew: TypeAlias = Callable[[], Awaitable[str]]
+"""Reads the address again, whose user or password the server has just refused."""
 
 _ACQUIRE_TIMEOUT_S = 10.0
 _COMMAND_TIMEOUT_S = 60.0
@@ -45,22 +47,28 @@ class Database:
     write of this package may be repeated by the caller without effect on what is already stored.
     """
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", address: "Address") -> None:
         self._pool = pool
+        self._address = address
         self.known_months: set[int] = set()
         """Partitions seen to exist; kept by `overtone.db.partitions`."""
 
     @classmethod
-    async def open(cls, url: str, *, max_size: int = 8, application_name: str = "overtone") -> Self:
+    async def open(
+        cls, url: str, *, max_size: int = 8, application_name: str = "overtone", renew: Renew | None = None
+    ) -> Self:
         """Connect to `url` with at most `max_size` connections.
+
+        `renew` is asked for another address when the server refuses the user or password of a new connection.
 
         Raises:
             ConfigurationError: the address is malformed, or the server refuses its user, password or database.
             DatabaseUnavailableError: nothing answers there now.
         """
+        address = Address(url, renew)
         with connection_errors():
             pool = await asyncpg.create_pool(
-                asyncpg_dsn(url),
+                connect=address.connect,
                 min_size=1,
                 max_size=max_size,
                 timeout=_ACQUIRE_TIMEOUT_S,
@@ -68,7 +76,7 @@ class Database:
                 init=watch_silence,
                 server_settings={"application_name": application_name},
             )
-        database = cls(pool)
+        database = cls(pool, address)
         database._measure()
         return database
 
@@ -81,6 +89,18 @@ class Database:
             self._pool.terminate()
         for state in ("in_use", "idle"):
             metrics.DB_POOL.labels(state).set(0)
+
+    async def move_to(self, url: str) -> None:
+        """Use `url` from now on. What is under way ends on the connection that it has.
+
+        Raises:
+            ConfigurationError, DatabaseUnavailableError: no connection can be made there; nothing has changed.
+        """
+        with connection_errors():
+            connection = await asyncpg.connect(asyncpg_dsn(url), timeout=_ACQUIRE_TIMEOUT_S)
+            await connection.close(timeout=_ACQUIRE_TIMEOUT_S)
+        self._address.url = url
+        await self._pool.expire_connections()
 
     async def ping(self) -> None:
         """Raise `DatabaseUnavailableError` unless the server answers."""
@@ -127,6 +147,36 @@ async def watch_silence(connection: Connection) -> None:
     ):
         if hasattr(socket, name):  # Linux has all of them
             found.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Address:
+    """Where new connections go to, which may change."""
+
+    def __init__(self, url: str, renew: Renew | None = None) -> None:
+        self.url = url
+        self._renew = renew
+
+    async def connect(self, dsn: str | None = None, **options: Any) -> Connection:
+        """A new connection, made as asyncpg makes it with `options`; `dsn` is what its pools would give, nothing.
+
+        When the server refuses user or password, the address is read again, if it may change, and tried once more.
+
+        Raises:
+            DatabaseUnavailableError: the server refuses, and would take an address that may still come.
+        """
+        try:
+            return cast(Connection, await asyncpg.connect(asyncpg_dsn(self.url), **options))
+        except asyncpg.InvalidAuthorizationSpecificationError:
+            if self._renew is None:
+                raise
+        renewed = await self._renew()
+        try:
+            connection = cast(Connection, await asyncpg.connect(asyncpg_dsn(renewed), **options))
+        except asyncpg.InvalidAuthorizationSpecificationError:
+            # The server's password may be changed before the one that is kept, or after it.
+            raise DatabaseUnavailableError("The database refuses the user and password that are kept now.") from None
+        self.url = renewed
+        return connection
 
 
 def asyncpg_dsn(url: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -21,14 +22,15 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from kuberay.build import OVERLAYS, Document, apply_patch, build, build_overlay, identity, overlay_names
 from overtone import __version__, metrics
 from overtone.errors import ManifestError, NotFoundError
-from overtone.settings import Settings
+from overtone.settings import Settings, secret_names
+from serve.environment import runtime_folder, serve_environment
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT.parent / "shared" / "kuberay-crds"
 KUBERNETES = "1.34"
 OURS = "ghcr.io/overtone/overtone:"
 CUSTOM = ("ray.io", "cnpg.io", "coreos.com", "external-secrets.io")
-UNUSED_SECRETS = {"WANDB_API_KEY", "ERASURE_SIGNING_KEY"}
+UNUSED_SECRETS = {"WANDB_API_KEY", "ERASURE_SIGNING_KEY", "VAULT_TOKEN"}
 """Settings with a secret that no manifest gives: nothing in a cluster needs them unless an operator asks for it."""
 LIBRARIES = {"OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"}
 MADE_BY_OPERATORS = {"overtone-db-app": {"uri"}, "overtone-ray-token": {"auth_token"}}
@@ -199,6 +201,14 @@ def given_variables() -> set[str]:
     return names
 
 
+def mounted_secrets() -> Iterator[tuple[str, str, str]]:
+    """Secret, key and file of what is mounted as files."""
+    for part in everything():
+        for source in (part.get("projected") or {}).get("sources", []):
+            for item in source["secret"]["items"]:
+                yield source["secret"]["name"], item["key"], item["path"]
+
+
 def test_every_variable_in_a_manifest_is_read_by_something() -> None:
     fields = {name.upper() for name in Settings.model_fields}
     unknown = given_variables() - fields - LIBRARIES - ray_names()
@@ -207,8 +217,40 @@ def test_every_variable_in_a_manifest_is_read_by_something() -> None:
 
 def test_every_secret_setting_is_given_by_a_manifest() -> None:
     """Other settings can be put into the ConfigMap as they are; a secret must be asked for by name."""
-    secrets = {name.upper() for name, field in Settings.model_fields.items() if "Secret" in str(field.annotation)}
-    assert secrets - given_variables() - UNUSED_SECRETS == set(), "give it in kuberay/base, or name it here"
+    secrets = {name.upper() for name in secret_names()}
+    files = {path for _, _, path in mounted_secrets()}
+    assert secrets - given_variables() - files - UNUSED_SECRETS == set(), "give it in kuberay/base, or name it here"
+    assert files <= secrets
+
+
+def test_secrets_are_looked_for_where_they_are_mounted() -> None:
+    """As files, because variables of a process that runs cannot change."""
+    service = next(each for each in documents("production") if each["kind"] == "RayService")
+    found = 0
+    for container in walk(service):
+        mounts = {each["mountPath"]: each for each in container.get("volumeMounts", [])}
+        variables = {each["name"]: each.get("value") for each in container.get("env", [])}
+        if "SECRETS_FROM" not in variables:
+            assert not any("secrets" in path for path in mounts)
+            continue
+        assert mounts[variables["SECRETS_FROM"].removeprefix("file://")]["readOnly"] is True
+        assert not {name.upper() for name in secret_names()} & set(variables)
+        found += 1
+    assert found == 6, "the head, four groups, and the reader beside Ray"
+
+
+def test_secrets_may_come_from_vault(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "kuberay" / "components", tmp_path / "components")
+    shutil.copytree(ROOT / "kuberay" / "base", tmp_path / "base")
+    shutil.copytree(OVERLAYS, tmp_path / "overlays")
+    (tmp_path / "overlays" / "own").mkdir()
+    parts = {"resources": ["../production"], "components": ["../../components/vault"]}
+    (tmp_path / "overlays" / "own" / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    found = build(tmp_path / "overlays" / "own")
+    store = next(each for each in found if each["kind"] == "SecretStore")
+    account = store["spec"]["provider"]["vault"]["auth"]["kubernetes"]["serviceAccountRef"]["name"]
+    assert list(store["spec"]["provider"]) == ["vault"]
+    assert ("ServiceAccount", "overtone", account) in {identity(each) for each in found}
 
 
 def test_values_of_settings_are_valid() -> None:
@@ -218,7 +260,7 @@ def test_values_of_settings_are_valid() -> None:
 
 
 def test_every_secret_key_has_a_source_and_a_use() -> None:
-    used: set[tuple[str, str]] = set()
+    used = {(name, key) for name, key, _ in mounted_secrets()}
     for part in everything():
         for field in ("secretKeyRef", "accessKeyId", "secretAccessKey"):
             if isinstance(part.get(field), dict):
@@ -251,6 +293,24 @@ def test_ports_agree_with_the_variables_that_choose_them() -> None:
     assert ports["replica"] == int(variables["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])
     grace = cluster["workerGroupSpecs"][0]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > 35 + int(variables["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"])
+
+
+def test_haproxy_runs_in_a_pod_as_everywhere_else(tmp_path: Path) -> None:
+    """With the same script and figures, but for those that a pod must have otherwise."""
+    service = next(each for each in documents("production") if each["kind"] == "RayService")
+    head = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    given = {each["name"]: each["value"] for each in head["env"] if each["name"].startswith("RAY_SERVE_HAPROXY_")}
+    script = given.pop("RAY_SERVE_HAPROXY_BINARY_PATH").removeprefix("/usr/local/lib/overtone/")
+    assert "COPY docker/ /usr/local/lib/overtone/" in (ROOT / "Dockerfile").read_text()
+    assert os.access(ROOT / "docker" / script, os.X_OK)
+    folder = runtime_folder(tmp_path)
+    ours = serve_environment(host="0.0.0.0", folder=folder)
+    shutil.rmtree(folder)
+    other = {f"RAY_SERVE_HAPROXY_{name}" for name in ("METRICS_PORT", "HARD_STOP_AFTER_S")}
+    assert {name: value for name, value in given.items() if name not in other}.items() <= ours.items()
+    own = {"METRICS_ENABLED", "NBTHREAD", "CONFIG_FILE_LOC", "SOCKET_PATH", "SERVER_STATE_BASE", "SERVER_STATE_FILE"}
+    kept = {name for name in ours if name.startswith("RAY_SERVE_HAPROXY_")} - {f"RAY_SERVE_HAPROXY_{x}" for x in own}
+    assert kept - {"RAY_SERVE_HAPROXY_BINARY_PATH"} <= set(given)
 
 
 def test_every_named_port_of_a_monitor_is_one_of_the_pods_it_selects() -> None:
