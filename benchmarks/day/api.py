@@ -33,10 +33,11 @@ class MixedEngine:
 
     def __init__(self, bundle: Bundle, threads: int, share: float) -> None:
         self._real: Engine = open_engine(bundle, threads)
+        self.labels = self._real.labels
         self._parts = round(share * _PARTS)
         self._golden = set(map(_key, TextEncoder(bundle).encode([golden.text for golden in bundle.golden])))
-        rest = (1.0 - STAND_IN_CONFIDENCE) / (len(bundle.labels) - 1)
-        self._answer = np.full(len(bundle.labels), rest, dtype=np.float32)
+        rest = (1.0 - STAND_IN_CONFIDENCE) / (self.labels - 1)
+        self._answer = np.full(self.labels, rest, dtype=np.float32)
         self._answer[0] = STAND_IN_CONFIDENCE
 
     def classify(self, token_ids: list[list[int]]) -> Probabilities:
