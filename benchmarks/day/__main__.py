@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,10 @@ from benchmarks.day.world import World
 
 
 async def _live(day: Day, folder: Path, processes: int, patience_s: float) -> int:
+    current = asyncio.current_task()
+    assert current is not None
+    # Whoever stops the day stops its processes, too.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
     async with World(folder, day, processes) as world:
         verdict = await world.live_through(patience_s=patience_s)
     Console().print_json(json.dumps({**verdict.shown(), "killed": world.killed}))
