@@ -40,15 +40,18 @@ class Verdict:
     most_attempts: int = 0
     """The most requests for the stream in 15 minutes."""
     faults: dict[str, int] = field(default_factory=dict)
+    unsettled: int = 0
+    """Gaps that are not over, or wait for repair."""
     by_model: int = 0
     """Predictions that the model made; the rest are of the engine without one."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was sent and not deleted is stored and predicted once, every difference has a name, and X
-        was asked for the stream no more often than it allows.
+        """Whether all that was sent and not deleted is stored and predicted once, every gap has ended and every
+        difference has the name of one, and X was asked for the stream no more often than it allows.
         """
         wrong = self.unexplained + self.left_over + self.strangers + self.without_prediction + self.doubled
+        wrong += self.unsettled
         return wrong == 0 and self.tallied == self.stored and self.most_attempts <= _MOST_CONNECTS
 
     def shown(self) -> dict[str, Any]:
@@ -110,6 +113,7 @@ async def judge(db: Database, url: str, source: str = "simulator") -> Verdict:
         gaps=counts,
         most_attempts=int(ledger["most_attempts_in_window"]),
         faults=dict(ledger["faults"]),
+        unsettled=sum(gap.state in ("open", "closed") for gap in gaps),
         by_model=int(by_model),
     )
 
