@@ -102,7 +102,7 @@ def test_every_architecture_gives_what_hugging_face_gives(
     model = classifier(kind, **changes)
     engine = TorchEngine(with_torch_form(tiny_bundle, model), target=FP32)
     expected = np.log(scores_of(model, TEXTS))
-    assert np.ptp(expected, axis=0).max() > 0.01
+    assert np.ptp(expected, axis=0).max() > 0.1
     np.testing.assert_allclose(np.log(engine.classify(TEXTS)), expected, atol=1e-4)
 
 
