@@ -316,7 +316,8 @@ class _Model:
         if self.attends_to_any_lengths:
             from torch.nn.attention.varlen import varlen_attn
 
-            return varlen_attn(*qkv.unbind(1), batch.starts, batch.starts, batch.longest, batch.longest)
+            query, key, value = qkv.unbind(1)
+            return varlen_attn(query, key, value, batch.starts, batch.starts, batch.longest, batch.longest)
         parts, start = [], 0
         for rows, length in batch.groups:
             part = qkv[start : start + rows * length].view(rows, length, *qkv.shape[1:])

@@ -73,7 +73,7 @@ def torch_form_of(model: Any, golden: tuple[tuple[float, ...], ...]) -> tuple[To
     """
     shape = model.config
     names = _KNOWN.get(shape.model_type)
-    activation = _ACTIVATIONS.get(getattr(shape, "hidden_act", None) or getattr(shape, "activation", ""))
+    activation = _ACTIVATIONS.get(str(getattr(shape, "hidden_act", getattr(shape, "activation", ""))))
     if names is None or activation is None or getattr(shape, "position_embedding_type", "absolute") != "absolute":
         raise OvertoneError(
             f"export.torch: models of type {shape.model_type} with these options have no torch form; known are "
