@@ -251,9 +251,13 @@ class Pipeline:
         await _run_until(stop, parts, drain, options.drain_s)
 
     async def _open_database(self) -> Database:
-        renew = self._rotation.renew_database_url
+        renew, lease_s = self._rotation.renew_database_url, self._options.leader.lease_s
         return await until_it_works(
-            lambda: Database.open(self._database_url, application_name="overtone-ingest", renew=renew), self._note
+            # A leader that hangs must not keep the next one out by a transaction that it left open.
+            lambda: Database.open(
+                self._database_url, application_name="overtone-ingest", renew=renew, patience_s=lease_s
+            ),
+            self._note,
         )
 
     async def _move_database(self, db: Database, settings: Settings) -> None:

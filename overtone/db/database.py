@@ -35,6 +35,7 @@ _UNAVAILABLE = (
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.TransactionRollbackError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InternalClientError,
 )
 
@@ -55,17 +56,28 @@ class Database:
 
     @classmethod
     async def open(
-        cls, url: str, *, max_size: int = 8, application_name: str = "overtone", renew: Renew | None = None
+        cls,
+        url: str,
+        *,
+        max_size: int = 8,
+        application_name: str = "overtone",
+        renew: Renew | None = None,
+        patience_s: float | None = None,
     ) -> Self:
         """Connect to `url` with at most `max_size` connections.
 
-        `renew` is asked for another address when the server refuses the user or password of a new connection.
+        `renew` is asked for another address when the server refuses the user or password of a new connection. With
+        `patience_s` the server ends a transaction in which it hears nothing for so long: a process that was paused or
+        cut off in the middle of one keeps its locks no longer than that.
 
         Raises:
             ConfigurationError: the address is malformed, or the server refuses its user, password or database.
             DatabaseUnavailableError: nothing answers there now.
         """
         address = Address(url, renew)
+        settings = {"application_name": application_name}
+        if patience_s is not None:
+            settings["idle_in_transaction_session_timeout"] = str(round(patience_s * 1000))
         with connection_errors():
             pool = await asyncpg.create_pool(
                 connect=address.connect,
@@ -74,7 +86,7 @@ class Database:
                 timeout=_ACQUIRE_TIMEOUT_S,
                 command_timeout=_COMMAND_TIMEOUT_S,
                 init=watch_silence,
-                server_settings={"application_name": application_name},
+                server_settings=settings,
             )
         database = cls(pool, address)
         database._measure()

@@ -131,6 +131,8 @@ async def _finish_detaching(connection: Connection) -> None:
 
 async def _rows_of(connection: Connection, name: str) -> Rows:
     async with connection.transaction(readonly=True):
+        # Between two pages an archive far away may take its time.
+        await connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
         page: list[dict[str, Any]] = []
         async for row in connection.cursor(f"SELECT * FROM {SCHEMA}.{name}", prefetch=_PAGE_ROWS):
             page.append(dict(row))

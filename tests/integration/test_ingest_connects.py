@@ -54,7 +54,7 @@ class AwayDatabase(Database):
     """Nothing answers, until it is back."""
 
     def __init__(self, real: Database) -> None:
-        super().__init__(real._pool)
+        super().__init__(real._pool, real._address)
         self.is_away = True
 
     def acquire(self):  # type: ignore[no-untyped-def]
