@@ -370,18 +370,22 @@ def test_any_text_can_be_posted(postgres_url: str, texts: list[str]) -> None:
 async def test_a_leader_that_hangs_in_a_transaction_lets_go_of_its_locks(
     fresh_database: Database, fresh_postgres_url: str
 ) -> None:
-    hangs = await Database.open(fresh_postgres_url, max_size=1, patience_s=0.5)
-    await claim_stream(hangs, "s")
-    with pytest.raises(DatabaseUnavailableError):
-        async with hangs.transaction() as connection:
+    hanging = await Database.open(fresh_postgres_url, max_size=1, patience_s=0.5)
+    await claim_stream(hanging, "s")
+
+    async def hang() -> None:
+        async with hanging.transaction() as connection:
             await connection.execute("UPDATE overtone.stream_cursor SET post_id = 7 WHERE stream = 's'")
             async with asyncio.timeout(30):
                 assert await claim_stream(fresh_database, "s") == 2
             await connection.execute("SELECT 1")
+
+    with pytest.raises(DatabaseUnavailableError):
+        await hang()
     found = await cursor(fresh_database, "s")
     assert found is not None
     assert (found.post_id, found.epoch) == (0, 2)
-    await hangs.close()
+    await hanging.close()
 
 
 async def test_a_fenced_leader_changes_no_gap(fresh_database: Database) -> None:
