@@ -97,7 +97,8 @@ def _measure(kind: str, folder: Path, steps: int, name: str) -> float:
         command = [sys.executable, "-m", "benchmarks.training", "--bare", str(folder), "--steps", str(steps)]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         return float(printed.splitlines()[-1])
-    from train.job import RunSpec, ray_cluster, run_training
+    from train.cluster import ray_cluster
+    from train.job import RunSpec, run_training
 
     assigned = {"two workers": {"cluster.workers": 2}, "random batches": {"data.group_batches": 1}}.get(kind, {})
     config = _config(steps, **assigned)

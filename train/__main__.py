@@ -102,8 +102,9 @@ class _Job:
         # Data and folders are checked before the libraries that take seconds to import.
         split = self._read()
         try:
+            from train.cluster import ray_cluster
             from train.export import require_bundle_folder
-            from train.job import RunSpec, ray_cluster, run_training
+            from train.job import RunSpec, run_training
         except ImportError as error:
             raise ConfigurationError(f"{error.name} is not installed; pip install 'overtone[train]'") from None
         from train.progress import RunProgress

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from overtone.db.database import Database
-from overtone.db.embedded import running_url
+from overtone.db.embedded import url_of
 from overtone.db.feedback import newest_feedback, training_labels
 from overtone.db.tombstones import erased_among
 from overtone.erasure_files import erase_from_folder
-from overtone.errors import ConfigurationError, DataError
+from overtone.errors import DataError
 from overtone.settings import Settings
 from train.sources import Finding, Row, Rows, row_problem
 
@@ -72,9 +72,7 @@ async def _rows(db: Database, *, with_posts: bool) -> list[Row]:
 
 
 def _with_database(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
-    url = settings.database_url.get_secret_value() if settings.database_url else running_url(settings.home / "postgres")
-    if url is None:
-        raise ConfigurationError("no database runs in OVERTONE_HOME and DATABASE_URL is not set: run `overtone up`")
+    url = url_of(settings)
 
     async def opened() -> T:
         db = await Database.open(url, max_size=1, application_name="overtone-train")

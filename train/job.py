@@ -1,8 +1,6 @@
-"""One training run on Ray Train: start or join the cluster, follow the reports, return the chosen checkpoint."""
+"""One training run on Ray Train: start it, follow the reports, return the chosen checkpoint."""
 
-import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +18,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue
 
-from overtone.errors import EnvironmentProblemError, OvertoneError
+from overtone.errors import OvertoneError
 from overtone.logging import get_logger
-from overtone.settings import set_default_environment
 from train.config import ClusterConfig, TrainConfig
 from train.data import Split
 from train.loop import WEIGHTS
@@ -43,51 +40,6 @@ class RunSpec:
     """Folder or address where checkpoints go; on a cluster of several machines, one that all of them reach."""
     soft_labels: NDArray[np.float32] | None = None
     """The teachers' probabilities, [training texts, labels]."""
-
-
-@contextmanager
-def ray_cluster(address: str | None) -> Iterator[None]:
-    """Join the Ray cluster at `address`, or run one of our own for the time of the block.
-
-    Our own listens on loopback, asks for a random token that no file keeps, and leaves nothing behind.
-
-    Raises:
-        EnvironmentProblemError: the cluster cannot be reached or started.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    folder = None if address else tempfile.mkdtemp(prefix="overtone-")
-    try:
-        _connect(address, folder)
-        yield
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _connect(address: str | None, folder: str | None) -> None:
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
-        if address:
-            ray.init(address, **common)
-            return
-        # Ray wants a token here and, finding none, writes one to ~/.ray, where every later `ray start` obeys it.
-        set_default_environment(RAY_AUTH_TOKEN=secrets.token_hex(32))
-        ray.init(
-            "local",
-            include_dashboard=False,
-            object_store_memory=256 * 2**20,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-            **common,
-        )
-    except (RayError, OSError, RuntimeError, ValueError) as error:
-        where = address or "on this machine"
-        raise EnvironmentProblemError(
-            f"Ray cannot be {'reached at' if address else 'started'} {where}: {error}"
-        ) from error
 
 
 def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from overtone.cli.ingest import app as ingestion
 from overtone.cli.k8s import app as k8s
 from overtone.cli.labels import app as labels
 from overtone.cli.letters import app as letters
+from overtone.cli.rescore import rescore
 from overtone.cli.retrain import retrain
 from overtone.cli.rules import app as rules
 
@@ -48,6 +49,7 @@ app.add_typer(backups, name="backup")
 app.add_typer(letters, name="dead-letters")
 app.add_typer(labels, name="labels")
 app.add_typer(ingestion, name="ingest")
+app.command()(rescore)
 app.command()(retrain)
 app.add_typer(rules, name="rules")
 

@@ -22,8 +22,9 @@ from urllib.parse import quote
 import psutil
 
 from overtone.db.accounts import Account, give, make_readable, make_traversable, server_account
-from overtone.errors import EnvironmentProblemError
+from overtone.errors import ConfigurationError, EnvironmentProblemError
 from overtone.logging import get_logger
+from overtone.settings import Settings
 
 USER = "overtone"
 DATABASE = "overtone"
@@ -289,6 +290,18 @@ def running_url(data_dir: Path) -> str | None:
         return None
     server = EmbeddedPostgres(data_dir, sockets)
     return server.url if server.is_running() else None
+
+
+def url_of(settings: Settings) -> str:
+    """The address of the database that `settings` mean: the one they name, or the embedded one that runs in the home.
+
+    Raises:
+        ConfigurationError: neither is there.
+    """
+    url = settings.database_url.get_secret_value() if settings.database_url else running_url(settings.home / "postgres")
+    if url is None:
+        raise ConfigurationError("no database runs in OVERTONE_HOME and DATABASE_URL is not set: run `overtone up`")
+    return url
 
 
 def find_binaries() -> Path:
