@@ -1,4 +1,5 @@
-"""Where labelled texts come from: files of four kinds, read with the place of every row, and what is wrong with rows.
+"""Where labelled texts come from: files of four kinds and data sets of the Hugging Face hub, read with the place of
+every row, and what is wrong with rows.
 
 What is wrong is told as a report: how many rows, on which lines, and why. The texts themselves are never in it.
 """
@@ -19,6 +20,7 @@ from pyarrow import ArrowException
 from overtone.errors import DataError
 from overtone.schema import MAX_TEXT_CHARS
 from overtone.text import has_lone_surrogate, normalise
+from train.hub import PREFIX, Found, hub_rows
 
 _SHOWN_LINES = 5
 _SHOWN_LABEL = re.compile(r"[\w-]{1,20}")
@@ -69,7 +71,8 @@ class Finding:
 
 
 def read_rows(path: Path, names: Sequence[str]) -> Rows:
-    """The rows of a file, all fit to be used: .tsv, .txt (tab-separated), .csv, .jsonl, .ndjson or .parquet.
+    """The rows of a file, all fit to be used: .tsv, .txt (tab-separated), .csv, .jsonl, .ndjson or .parquet; or of a
+    data set of the hub, written hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.
 
     Columns or fields `label` and `text`; `post_id`, `author_id` and `annotator` are read where they are there.
 
@@ -78,24 +81,37 @@ def read_rows(path: Path, names: Sequence[str]) -> Rows:
             in `names`, an empty or overlong text, bytes that are not UTF-8 or another number of columns than the
             header: with how many of each and on which lines.
     """
+    if str(path).startswith(PREFIX):
+        return _fit(str(path), hub_rows(str(path)), names)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: name it {', '.join(_READERS)} after what it is")
     raw = _read_bytes(path)
+    return _fit(str(path), reader(path, raw), names, hashlib.sha256(raw).hexdigest())
+
+
+def _fit(name: str, rows: Iterable[Found], names: Sequence[str], sha256: str = "") -> Rows:
     flaws: dict[str, list[int]] = {}
     kept = []
-    for line, found in reader(path, raw):
+    for line, found in rows:
         if isinstance(found, str):
             flaws.setdefault(found, []).append(line)
         elif problem := row_problem(found, names):
             flaws.setdefault(problem, []).append(line)
         else:
-            kept.append(_row(str(path), line, found))
+            kept.append(_row(name, line, found))
     if flaws:
-        raise DataError(report([Finding(str(path), reason, tuple(lines)) for reason, lines in flaws.items()]))
+        raise DataError(report([Finding(name, reason, tuple(lines)) for reason, lines in flaws.items()]))
     if not kept:
-        raise DataError(f"{path}: holds no rows")
-    return Rows(str(path), tuple(kept), hashlib.sha256(raw).hexdigest())
+        raise DataError(f"{name}: holds no rows")
+    return Rows(name, tuple(kept), sha256 or _digest(kept))
+
+
+def _digest(rows: Iterable[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.label}\t{row.annotator}\t{row.text}\n".encode())
+    return digest.hexdigest()
 
 
 def report(findings: Iterable[Finding]) -> str:
@@ -110,10 +126,6 @@ def require_classes(rows: Rows) -> None:
         raise DataError(f"{rows.name}: all {count} rows have the same label; a classifier needs at least two")
 
 
-_Found = tuple[int, Mapping[str, Any] | str]
-"""The line, and the values by column or what is wrong."""
-
-
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -121,17 +133,17 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({type(error).__name__})") from None
 
 
-def _tsv(path: Path, raw: bytes) -> Iterator[_Found]:
+def _tsv(path: Path, raw: bytes) -> Iterator[Found]:
     lines = _decode(raw).replace("\r\n", "\n").removesuffix("\n").split("\n")
     table = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     return _table(path, table, "label<TAB>text")
 
 
-def _csv(path: Path, raw: bytes) -> Iterator[_Found]:
+def _csv(path: Path, raw: bytes) -> Iterator[Found]:
     return _table(path, csv.reader(io.StringIO(_decode(raw), newline="")), "label,text")
 
 
-def _table(path: Path, table: Any, wanted: str) -> Iterator[_Found]:
+def _table(path: Path, table: Any, wanted: str) -> Iterator[Found]:
     try:
         header: list[str] = next(table, [])
         _require_columns(path, header, f"the header must be {wanted}")
@@ -146,7 +158,7 @@ def _table(path: Path, table: Any, wanted: str) -> Iterator[_Found]:
         raise DataError(f"{path}, line {table.line_num}: {error}") from None
 
 
-def _jsonl(path: Path, raw: bytes) -> Iterator[_Found]:
+def _jsonl(path: Path, raw: bytes) -> Iterator[Found]:
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -161,7 +173,7 @@ def _jsonl(path: Path, raw: bytes) -> Iterator[_Found]:
             yield number, "not an object with the strings label and text"
 
 
-def _parquet(path: Path, raw: bytes) -> Iterator[_Found]:
+def _parquet(path: Path, raw: bytes) -> Iterator[Found]:
     try:
         table = pq.read_table(io.BytesIO(raw))
     except ArrowException as error:
@@ -173,7 +185,7 @@ def _parquet(path: Path, raw: bytes) -> Iterator[_Found]:
         yield number, value if is_whole else "the label or the text is not a string"
 
 
-_READERS: Mapping[str, Callable[[Path, bytes], Iterator[_Found]]] = {
+_READERS: Mapping[str, Callable[[Path, bytes], Iterator[Found]]] = {
     ".tsv": _tsv,
     ".txt": _tsv,
     ".csv": _csv,
