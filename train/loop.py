@@ -138,7 +138,8 @@ class Run:
         self.model.train()
         for number, batch in enumerate(batches, start=1):
             mine = share_of(batch, self.rank, self.world)
-            watch.add(self._step([rows[row] for row in mine], mine), len(batch))
+            loss = self._step([rows[row] for row in mine], mine)
+            watch.add(loss, len(batch), sum(len(rows[row]) for row in batch))
             last = number == len(batches)
             if last or self._evaluation_is_due(number, len(batches)):
                 self._evaluate_and_report(epoch, watch, checkpoint=last)
@@ -199,7 +200,18 @@ class Run:
             "seconds": self.seconds(),
             "device": self._device_name(),
             **watch.read(),
+            **self._gpu(),
         }
+
+    def _gpu(self) -> dict[str, float]:
+        """On a GPU, the most memory that was in use, in MiB, and the share of the last second in which it computed."""
+        if self.device.type != "cuda":
+            return {}
+        found = {"gpu_memory_mib": torch.cuda.max_memory_allocated(self.device) / 2**20}
+        # Asked of NVIDIA's management library, which containers and virtual devices may lack.
+        with contextlib.suppress(Exception):
+            found["gpu_utilisation"] = torch.cuda.utilization(self.device) / 100
+        return found
 
     def seconds(self) -> float:
         """Time the run took so far, over all its sessions."""
@@ -297,20 +309,22 @@ class _Watch:
 
     def __init__(self) -> None:
         self._losses: list[torch.Tensor] = []
-        self._texts = 0
+        self._texts = self._tokens = 0
         self._since = time.monotonic()
 
-    def add(self, loss: torch.Tensor, texts: int) -> None:
+    def add(self, loss: torch.Tensor, texts: int, tokens: int) -> None:
         self._losses.append(loss)
         self._texts += texts
+        self._tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """`loss` (mean) and `texts_per_s` since the last call, which this one ends."""
+        """`loss` (mean), `texts_per_s` and `tokens_per_s`, padding aside, since the last call, which this one ends."""
         loss = float(torch.stack(self._losses).mean()) if self._losses else float("nan")
-        speed = self._texts / max(time.monotonic() - self._since, 1e-9)
-        self._losses, self._texts = [], 0
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        speeds = {"texts_per_s": self._texts / seconds, "tokens_per_s": self._tokens / seconds}
+        self._losses, self._texts, self._tokens = [], 0, 0
         self.restart()
-        return {"loss": loss, "texts_per_s": speed}
+        return {"loss": loss, **speeds}
 
     def restart(self) -> None:
         """Leave out the time since the last reading, in which no text was trained on."""

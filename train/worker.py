@@ -1,10 +1,13 @@
 """What Ray Train runs on every worker: the training loop, told by Ray where it stands."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
+from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import nn
 
 from train.config import TrainConfig
@@ -35,5 +38,12 @@ def train_loop_per_worker(values: dict[str, Any]) -> None:
 
 
 def _report(metrics: dict[str, Any], folder: Path | None) -> None:
-    checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-    ray.train.report(metrics, checkpoint=checkpoint)
+    if folder is None:
+        ray.train.report(metrics)
+        return
+    # Training goes on while the checkpoint is uploaded, and the loop's own folder is gone as soon as this returns.
+    kept = Path(tempfile.mkdtemp(prefix="overtone-"))
+    for part in folder.iterdir():
+        shutil.move(part, kept / part.name)
+    checkpoint = ray.train.Checkpoint.from_directory(kept)
+    ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)

@@ -79,6 +79,9 @@ def test_every_epoch_ends_with_an_evaluation_and_a_checkpoint(encoder: Path, tmp
     assert [(one["step"], one["epoch"]) for one in told.metrics] == [(4, 1.0), (8, 2.0)]
     assert all(0 <= one["macro_recall"] <= 1 for one in told.metrics)
     assert (tmp_path / STATE).exists()
+    # Each text is longer than one token, and nothing is said of a GPU on a machine without one.
+    assert all(one["tokens_per_s"] > one["texts_per_s"] > 0 for one in told.metrics)
+    assert all("gpu_utilisation" not in one for one in told.metrics)
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(encoder: Path, tmp_path: Path) -> None:
