@@ -108,9 +108,10 @@ class _Job:
         except ImportError as error:
             raise ConfigurationError(f"{error.name} is not installed; pip install 'overtone[train]'") from None
         from train.progress import RunProgress
-        from train.tracking import tracked_run
+        from train.tracking import ablation, tracked_run
 
         require_bundle_folder(self.output)
+        steps = ablation(self.settings, self.config.card.ablation)
         with (
             tracked_run(self.settings, self.config, name) as tracker,
             tempfile.TemporaryDirectory(prefix="overtone-") as scratch,
@@ -126,7 +127,7 @@ class _Job:
 
                 spec = RunSpec(name, split, storage, soft_labels)
                 best = run_training(self.config, spec, follow, weights)
-            found = self._publish(weights, split, best)
+            found = self._publish(weights, split, best, steps)
             self._record(tracker, found, split, best["step"], registers=registers)
 
     def _read(self) -> Split:
@@ -186,7 +187,7 @@ class _Job:
             labels, precision = len(self.config.data.labels), self.config.model.precision
             return soft_labels(teachers, split.train, texts, labels, progress, precision=precision)
 
-    def _publish(self, weights: Path, split: Split, best: dict[str, Any]) -> "Evaluation":
+    def _publish(self, weights: Path, split: Split, best: dict[str, Any], steps: list[dict[str, Any]]) -> "Evaluation":
         from train.publish import publish
 
         self.console.print(f"exporting the checkpoint of step {best['step']}")
@@ -194,6 +195,7 @@ class _Job:
             "seconds": round(best["seconds"]),
             "step": best["step"],
             "device": f"{best['device']} ({platform.machine()})",
+            **({"ablation": steps} if steps else {}),
         }
         shown = "python -m train " + shlex.join(sys.argv[1:])
         return publish(weights, self.output, self.config, split, training, shown, self.console)

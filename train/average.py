@@ -21,6 +21,7 @@ from overtone.settings import load_settings
 from train.config import load_config
 from train.data import read_split
 from train.publish import publish
+from train.tracking import ablation
 
 _FILE = "model.safetensors"
 
@@ -67,7 +68,8 @@ def command(
         with tempfile.TemporaryDirectory(prefix="overtone-") as scratch:
             mean = Path(scratch) / "weights"
             average_weights(weights, mean)
-            facts = {"averaged_checkpoints": len(weights)}
+            steps = ablation(settings, chosen.card.ablation)
+            facts = {"averaged_checkpoints": len(weights), **({"ablation": steps} if steps else {})}
             shown = "python -m train.average " + shlex.join(sys.argv[1:])
             publish(mean, output, chosen, split, facts, shown, console)
     except OvertoneError as error:

@@ -1,6 +1,7 @@
 """The model card of a bundle: Markdown written from the manifest, so that every figure in it was measured."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from overtone.bundle import Bundle
@@ -20,6 +21,7 @@ def render(exported: Exported, found: Evaluation, config: TrainConfig, command: 
         "### By kind of text\n\n" + _slices(found),
         "### Under changes that leave the meaning\n\n" + _robustness(found),
         "## Calibration\n\n" + _calibration(exported),
+        *_ablation(bundle.metrics.get("training", {}), config),
         "## Training\n\n" + _training(bundle.metrics.get("training", {}), config, command),
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in (*config.card.limits, *_common_limits(bundle))),
         "## Licence\n\n" + f"Weights: {bundle.license}, from the base encoder {bundle.base_model}.",
@@ -101,6 +103,17 @@ def _calibration(exported: Exported) -> str:
         f"15 bins: {before:.3f} before, {exported.scores.ece:.3f} after, on the same texts, so the second is a little "
         "flattering."
     )
+
+
+def _ablation(training: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    steps = training.get("ablation", [])
+    if not steps:
+        return []
+    figures = [one["macro_recall"] for one in steps]
+    changes = ["", *(f"{now - before:+.3f}" for before, now in pairwise(figures))]
+    rows = [[one["step"], *_figures(one["macro_recall"]), change] for one, change in zip(steps, changes, strict=True)]
+    table = _table(["step", "macro-averaged recall", "against the row above"], rows)
+    return ["\n\n".join(["## What each step is worth", *filter(None, [config.card.ablation_note.strip()]), table])]
 
 
 def _training(training: Mapping[str, Any], config: TrainConfig, command: str) -> str:

@@ -162,11 +162,32 @@ class ExportConfig(Section):
         return self
 
 
+class AblationStep(Section):
+    """A way to train, and what it was worth on the validation texts."""
+
+    step: str = Field(min_length=1)
+    """What was done, in words."""
+    run: str | None = None
+    """Name of the run whose bundle was measured; its figure is taken from MLflow."""
+    macro_recall: float | None = Field(None, ge=0, le=1)
+    """The figure itself, of a run that is no longer on record."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "AblationStep":
+        if (self.run is None) == (self.macro_recall is None):
+            raise ValueError("give either run or macro_recall")
+        return self
+
+
 class CardConfig(Section):
-    """What the model card says that no measurement can."""
+    """What the model card says that no measurement of the bundle can."""
 
     data: str = "Not described."
     """Where the texts come from and under what terms."""
+    ablation: tuple[AblationStep, ...] = ()
+    """What each step was worth, in the order the table shows."""
+    ablation_note: str = ""
+    """What the figures of that table are of."""
     limits: tuple[str, ...] = ()
     """What the model is not good for."""
 

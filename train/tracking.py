@@ -5,30 +5,33 @@ With `WANDB_API_KEY` set, metrics go to Weights & Biases too.
 
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import overtone
-from overtone.errors import EnvironmentProblemError
+from overtone.errors import ConfigurationError, EnvironmentProblemError
 from overtone.logging import get_logger
 from overtone.registry import (
     Registered,
     artifact_location,
     import_mlflow,
+    is_in_use,
     local_store,
     mlflow_errors,
     tracking_uri,
 )
 from overtone.settings import Settings
 from train import registry
-from train.config import TrainConfig
+from train.config import AblationStep, TrainConfig
 
 _MAX_PARAM_CHARS = 500
 _PARAMS_A_CALL = 100
 """What MLflow takes."""
 _FINISHED = "FINISHED"
+_BUNDLE_RECALL = "bundle_macro_recall"
+"""Metric of a run that `python -m train` records of the exported bundle."""
 
 
 class Tracker:
@@ -119,6 +122,34 @@ def tracked_run(settings: Settings, config: TrainConfig, name: str) -> Iterator[
             client.set_terminated(run_id, status)
         if noted is not None:
             noted.finish(exit_code=0 if status == _FINISHED else 1)
+
+
+def ablation(settings: Settings, steps: Sequence[AblationStep]) -> list[dict[str, Any]]:
+    """`step` and `macro_recall` of each of `steps`, taken from the finished runs that they name.
+
+    Raises:
+        ConfigurationError: there is no such run, or it has measured no bundle.
+        UnavailableError: MLflow failed.
+    """
+    return [
+        {"step": one.step, "macro_recall": one.macro_recall if one.run is None else _measured(settings, one.run)}
+        for one in steps
+    ]
+
+
+def _measured(settings: Settings, name: str) -> float:
+    # Looking for a run must not make a store to look in.
+    if is_in_use(settings):
+        mlflow, where = import_mlflow(), tracking_uri(settings)
+        with mlflow_errors("looking for a run"):
+            client = mlflow.MlflowClient(where, where)
+            found = client.get_experiment_by_name(settings.mlflow_experiment_name)
+            wanted = f"attributes.run_name = '{name}' and attributes.status = '{_FINISHED}'"
+            runs = client.search_runs([found.experiment_id], wanted, max_results=1) if found else []
+        for run in runs:
+            if _BUNDLE_RECALL in run.data.metrics:
+                return float(run.data.metrics[_BUNDLE_RECALL])
+    raise ConfigurationError(f"card.ablation: MLflow has no finished run {name!r} with a measured bundle")
 
 
 def provenance() -> dict[str, str]:
