@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from overtone.bundle import TextEncoder, load_bundle
+from overtone.bundle import Bundle, TextEncoder, load_bundle
 from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.settings import environment_for, load_settings
 
@@ -96,6 +96,8 @@ def test_texts_in_a_bundle_out(workshop: Path) -> None:
     assert found["model_version"] == bundle.version
     assert found["macro_recall"] == pytest.approx(bundle.metrics["validation"]["macro_recall"])
 
+    assert_on_record(workshop / "home", bundle)
+
     weights = sorted(str(folder) for folder in (workshop / "runs").rglob("weights"))
     assert len(weights) == 2, "the best checkpoint and the last are kept"
     data = ["--train", str(workshop / "train.tsv"), "--validation", str(workshop / "validation.tsv")]
@@ -114,6 +116,53 @@ def test_texts_in_a_bundle_out(workshop: Path) -> None:
     assert again.returncode == 0, again.stderr[-3000:]
     assert "step 38/" not in again.stderr, "a finished run was trained again"
     assert load_bundle(workshop / "bundle").version == bundle.version
+
+
+def assert_on_record(home: Path, bundle: Bundle) -> None:
+    """The run in MLflow has its data, its figures and its report."""
+    import mlflow
+
+    store = f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
+    client = mlflow.MlflowClient(store, store)
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+    assert run.data.tags["snapshot_sha256"] == bundle.metrics["data"]["snapshot"]
+    assert (home / "snapshots" / run.data.tags["snapshot_sha256"] / "train.parquet").is_file()
+    measured = bundle.metrics["validation"]
+    assert run.data.metrics["bundle_macro_recall"] == pytest.approx(measured["macro_recall"])
+    assert run.data.metrics["bundle_ece"] == pytest.approx(measured["ece"])
+    assert run.data.metrics["tokens_per_s"] > run.data.metrics["texts_per_s"] > 0
+    kept = {Path(one.path).name for one in client.list_artifacts(run.info.run_id, "report")}
+    assert {"index.html", "confusion.png", "calibration.png", "slices.png", "robustness.png"} <= kept
+
+
+FLAWED = {
+    "wrong labels": (b"happy\tfine", "label 'happy' is not one of negative, neutral, positive (line 62)"),
+    "empty texts": (b"positive\t  ", "the text is empty (line 62)"),
+    "not UTF-8": (b"positive\tcaf\xe9", "not UTF-8 (line 62)"),
+    "leaked": (None, "60 rows: the same text is in validation (lines 2, 3, 4, 5, 6 and 55 more)"),
+    "one class": (None, "all 60 rows have the same label"),
+}
+
+
+@pytest.mark.parametrize("kind", FLAWED)
+def test_data_that_cannot_be_used_stops_before_training_with_a_report(
+    workshop: Path, tmp_path: Path, kind: str
+) -> None:
+    flaw, told = FLAWED[kind]
+    lines = (workshop / ("validation.tsv" if kind == "leaked" else "train.tsv")).read_bytes().splitlines()[:61]
+    if kind == "one class":
+        lines = [b"label\ttext", *(b"neutral\t" + line.split(b"\t")[1] for line in lines[1:])]
+    data = tmp_path / "flawed.tsv"
+    data.write_bytes(b"\n".join([*lines, *([flaw] if flaw else [])]) + b"\n")
+    before = {path for path in workshop.rglob("*") if "flawed" not in path.name}
+    ended = run_train(workshop, "--train", str(data), "--run-name", "flawed")
+    assert ended.returncode == 1
+    assert told in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
+    assert "caf" not in ended.stderr
+    assert set(workshop.rglob("*")) == before, "something was written"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -17,11 +18,11 @@ import pytest
 
 from overtone.bundle import Bundle, BundleSpec, Golden, TextEncoder, load_bundle, write_bundle
 from overtone.engine import classify_sorted, open_engine
-from overtone.errors import EnvironmentProblemError, NotFoundError, UnavailableError
+from overtone.errors import ConfigurationError, EnvironmentProblemError, NotFoundError, UnavailableError
 from overtone.registry import Registry, is_in_use, tracking_uri
 from overtone.settings import Settings, load_settings
-from train.config import TrainConfig
-from train.tracking import tracked_run
+from train.config import AblationStep, TrainConfig
+from train.tracking import ablation, tracked_run
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -159,6 +160,54 @@ def test_weights_and_biases_is_asked_for_by_its_key_alone(settings: Settings) ->
     with_key = load_settings(overtone_home=settings.home, mlflow_tracking_uri=None, wandb_api_key="k")
     with pytest.raises(EnvironmentProblemError, match="wandb is not installed"), tracked_run(with_key, CONFIG, "w"):
         pass
+
+
+def test_weights_and_biases_gets_the_same_figures(
+    settings: Settings, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Noted:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append(("log", (values, step)))
+
+        def finish(self, exit_code: int) -> None:
+            calls.append(("finish", exit_code))
+
+    def start(**given: Any) -> Noted:
+        calls.append(("init", given))
+        return Noted()
+
+    stand_in = ModuleType("wandb")
+    stand_in.login = lambda key: calls.append(("login", key))  # type: ignore[attr-defined]
+    stand_in.init = start  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with_key = load_settings(
+        overtone_home=settings.home, mlflow_tracking_uri=None, wandb_api_key="k", wandb_project="moods"
+    )
+    with tracked_run(with_key, CONFIG, "both") as tracker:
+        tracker.metrics({"step": 7, "loss": 0.5, "device": "cpu"}, 7)
+    config = calls[1][1].pop("config")
+    assert calls == [
+        ("login", "k"),
+        ("init", {"project": "moods", "name": "both", "id": "both", "resume": "allow"}),
+        ("log", ({"step": 7.0, "loss": 0.5}, 7)),
+        ("finish", 0),
+    ]
+    assert config["optimiser.learning_rate"] == 8e-5
+    assert "card.data" not in config
+
+
+def test_the_card_takes_figures_from_runs_on_record(settings: Settings, registry: Registry) -> None:
+    with tracked_run(settings, CONFIG, "measured") as tracker:
+        tracker.metrics({"bundle_macro_recall": 0.741}, 3)
+    steps = (AblationStep(step="before", macro_recall=0.7), AblationStep(step="after", run="measured"))
+    assert ablation(settings, steps) == [
+        {"step": "before", "macro_recall": 0.7},
+        {"step": "after", "macro_recall": pytest.approx(0.741)},
+    ]
+    with pytest.raises(ConfigurationError, match="no finished run 'run-0' with a measured bundle"):
+        ablation(settings, (AblationStep(step="x", run="run-0"),))
 
 
 def test_mlflow_serves_a_version_without_this_repository(
