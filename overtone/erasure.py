@@ -133,7 +133,7 @@ def erasable_folders(settings: Settings) -> tuple[Path, ...]:
     return (
         settings.home / "spool",
         settings.home / "snapshots",
-        settings.home / "jobs",
+        settings.jobs_path,
         *local,
         *settings.erasure_folders,
     )

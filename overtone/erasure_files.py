@@ -8,9 +8,10 @@ process appends to meanwhile, have their records written over where they stand.
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from overtone import job_files
 from overtone.logging import get_logger
 from overtone.spool import SUFFIX, blank_records
 
@@ -34,6 +35,8 @@ def erase_from_folder(folder: Path, post_ids: Collection[int], author_ids: Colle
     for path in sorted(folder.rglob("*")) if numbers and folder.is_dir() else ():
         if path.suffix in _LINES and path.is_file():
             removed += _erase_lines(path, numbers)
+        elif path.suffix == job_files.SUFFIX and path.is_file():
+            removed += _erase_job_lines(path, numbers)
         elif path.suffix == ".parquet" and path.is_file():
             removed += _erase_rows(path, frozenset((*post_ids, *author_ids)))
         elif path.suffix == SUFFIX and path.is_file():
@@ -42,14 +45,25 @@ def erase_from_folder(folder: Path, post_ids: Collection[int], author_ids: Colle
 
 
 def _erase_lines(path: Path, numbers: frozenset[bytes]) -> int:
+    return _erase_where(path, lambda line: not numbers.isdisjoint(_NUMBER.findall(line)))
+
+
+def _erase_job_lines(path: Path, numbers: frozenset[bytes]) -> int:
+    try:
+        return _erase_where(path, lambda line: job_files.names_one_of(line, numbers))
+    except FileNotFoundError:  # classified, or deleted, in between
+        return 0
+
+
+def _erase_where(path: Path, is_named: Callable[[bytes], bool]) -> int:
     draft = path.with_name(f".{path.name}.erasing")
     removed = 0
     with path.open("rb") as lines, draft.open("wb") as kept:
         for line in lines:
-            if numbers.isdisjoint(_NUMBER.findall(line)):
-                kept.write(line)
-            else:
+            if is_named(line):
                 removed += 1
+            else:
+                kept.write(line)
         kept.flush()
         os.fsync(kept.fileno())
     _replace(path, draft, removed)

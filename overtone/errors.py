@@ -126,6 +126,13 @@ class NotFoundError(OvertoneError):
     code = "not_found"
 
 
+class NotReadyError(OvertoneError):
+    """What was asked for is not there yet."""
+
+    code = "not_ready"
+    retryable = True
+
+
 class OverloadedError(OvertoneError):
     """The queue is full."""
 

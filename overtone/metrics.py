@@ -90,6 +90,11 @@ SECRETS_READ = Counter(
     "overtone_secrets_read_total", "Readings of secrets from files and stores, after the first.", ["outcome"]
 )
 """outcome: `read` or `failed`."""
+JOB_CHUNKS = Counter("overtone_jobs_chunks_total", "Chunks of jobs that a consumer took.", ["outcome"])
+"""outcome: `done`; `failed`, and tried again; `skipped`, because it was done or is being done, or the job has ended."""
+JOB_TEXTS = Counter("overtone_jobs_texts_total", "Lines of jobs that were done.", ["outcome"])
+"""outcome: `classified`, or `failed` for lines with an error."""
+CELERY_QUEUE = Gauge("celery_task_queue_length", "Tasks in a queue.", ["queue"], multiprocess_mode="livemostrecent")
 DB_POOL = Gauge("overtone_db_pool_connections", "Connections of the pool.", ["state"], multiprocess_mode="livesum")
 
 

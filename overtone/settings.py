@@ -133,7 +133,9 @@ class Settings(_Variables):
         None, description="postgresql:// address. Unset: an embedded PostgreSQL under OVERTONE_HOME."
     )
     redis_url: Annotated[SecretStr, AfterValidator(_redis_url)] | None = Field(
-        None, description="redis:// address of what replicas share: the counts of rate limits. Unset: in process."
+        None,
+        description="redis:// address of what processes share: counts of rate limits, the queue of jobs. Unset: in"
+        " process and in files.",
     )
 
     # --- retention
@@ -160,6 +162,26 @@ class Settings(_Variables):
         (),
         description="More folders whose files hold posts, comma-separated: erasures look through them, as through"
         " OVERTONE_HOME/snapshots and OVERTONE_HOME/jobs.",
+    )
+
+    # --- jobs
+    jobs_folder: Path | None = Field(
+        None,
+        description="Folder of uploads and results of jobs, which API and consumers share. A path."
+        " Unset: OVERTONE_HOME/jobs.",
+    )
+    jobs_max_mib: int = Field(
+        4096, ge=1, le=1_048_576, description="Largest upload of a job, unpacked, in MiB. 1 to 1048576."
+    )
+    jobs_max_texts: int = Field(10_000_000, ge=1, le=1_000_000_000, description="Most texts of a job. 1 to 1000000000.")
+    jobs_max_open: int = Field(
+        100, ge=1, le=100_000, description="Most jobs of a key that are under way at once. 1 to 100000."
+    )
+    job_consumers: int = Field(
+        1, ge=0, le=64, description="Processes of `overtone up` that work on jobs. 0 to 64; 0: jobs wait."
+    )
+    retention_jobs_days: int = Field(
+        7, ge=0, le=3650, description="Days that finished jobs and their results are kept. 0 to 3650; 0: for ever."
     )
 
     # --- tracking of training runs
@@ -344,6 +366,11 @@ class Settings(_Variables):
     def home(self) -> Path:
         """`overtone_home`, absolute, with `~` resolved."""
         return self.overtone_home.expanduser().absolute()
+
+    @property
+    def jobs_path(self) -> Path:
+        """`jobs_folder`, or the one in the home."""
+        return self.jobs_folder.expanduser().absolute() if self.jobs_folder else self.home / "jobs"
 
     @property
     def tensorrt_folder(self) -> Path:

@@ -13,7 +13,7 @@ from ray.serve.schema import LoggingConfig
 from overtone import __version__
 from overtone.settings import load_settings
 from serve.batcher import Limits
-from serve.environment import APPLICATION, ROUTE_PREFIX
+from serve.environment import APPLICATION, JOBS_APPLICATION, ROUTE_PREFIX
 from serve.replica import ReplicaOptions, deployment
 from serve.rollout import LiveOptions
 
@@ -63,6 +63,57 @@ class ServeArgs(BaseModel):
         if self.min_replicas and self.replicas:
             raise ValueError("give replicas, or min_replicas and max_replicas, not both")
         return self
+
+
+class JobsArgs(BaseModel):
+    """The arguments of the application whose replicas consume tasks. Public within the Ray cluster: no secrets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_consumers: int = Field(1, ge=1, le=64)
+    max_consumers: int = Field(1, ge=1, le=64, description="Consumers come with the length of the queue, up to here.")
+    cpus: float = Field(0.0, ge=0, le=16, description="CPUs that Ray reserves for each; they do little themselves.")
+    pool: str | None = Field(None, description="Consumers run on nodes whose label `pool` is this. Default: on any.")
+    metrics_folder: str | None = Field(None, description="Folder through which processes add up their metrics.")
+
+    @model_validator(mode="after")
+    def _bounds_are_whole(self) -> Self:
+        if self.min_consumers > self.max_consumers:
+            raise ValueError("min_consumers is above max_consumers")
+        return self
+
+
+def build_jobs(args: JobsArgs) -> Application:
+    """The consumers of tasks that `args` describe."""
+    from serve.consumers import CONCURRENCY, deployment
+
+    variables = {"PROMETHEUS_MULTIPROC_DIR": args.metrics_folder} if args.metrics_folder else {}
+    # Nobody calls a consumer: without this it would take the port on which a node's metrics are read.
+    variables |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+    scaling = AutoscalingConfig(
+        min_replicas=args.min_consumers,
+        max_replicas=args.max_consumers,
+        upscale_delay_s=10.0,
+        downscale_delay_s=120.0,
+        policy=AutoscalingPolicy(policy_function="serve.scaling:scale_by_queue"),
+    )
+    number = {"num_replicas": args.min_consumers} if args.min_consumers == args.max_consumers else {}
+    application: Application = deployment.options(
+        **(number or {"autoscaling_config": scaling}),
+        # Ray takes this for the number of tasks that a consumer works on at once.
+        max_ongoing_requests=CONCURRENCY,
+        ray_actor_options={
+            "num_cpus": args.cpus,
+            "runtime_env": {"env_vars": variables},
+            **({"label_selector": {"pool": args.pool}} if args.pool else {}),
+        },
+        health_check_period_s=5,
+        health_check_timeout_s=15,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=20,
+        logging_config=LoggingConfig(enable_access_log=False, encoding="JSON"),
+    ).bind()
+    return application
 
 
 def build(args: ServeArgs) -> Application:
@@ -138,3 +189,9 @@ def deploy(args: ServeArgs, *, host: str, port: int) -> None:
     """
     serve.start(http_options=HTTPOptions(host=host, port=port))
     serve.run(build(args), name=APPLICATION, route_prefix=ROUTE_PREFIX)
+
+
+def deploy_jobs(args: JobsArgs) -> None:
+    """Start the consumers of tasks in a Serve that runs, without waiting for them."""
+    target = serve.RunTarget(build_jobs(args), name=JOBS_APPLICATION, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)

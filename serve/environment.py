@@ -24,6 +24,7 @@ from serve.haproxy import BUFFER_BYTES, write_start_script
 
 APPLICATION = "overtone"
 DEPLOYMENT = "Classifier"
+JOBS_APPLICATION = "overtone-jobs"
 ROUTE_PREFIX = "/"
 
 # A Unix socket's path holds at most 107 bytes, and Ray and HAProxy add this much to the folder's: the id of the node

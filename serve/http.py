@@ -28,6 +28,7 @@ from serve.encodings import MIN_GZIP_BYTES
 from serve.erasure import ErasureRoutes
 from serve.feedback import FeedbackRoutes
 from serve.inference import InferenceRoutes
+from serve.jobs import JobRoutes
 from serve.models import ModelRoutes
 from serve.openapi import ROUTES, describe
 from serve.pages import PageRoutes
@@ -148,7 +149,16 @@ class _Dispatch:
 
 def _handlers(service: Service) -> dict[str, Handler]:
     """The handler of each route, by the name `ROUTES` gives it."""
-    classes = (PredictionRoutes, InferenceRoutes, PageRoutes, SessionRoutes, ModelRoutes, ErasureRoutes, FeedbackRoutes)
+    classes = (
+        PredictionRoutes,
+        InferenceRoutes,
+        PageRoutes,
+        SessionRoutes,
+        ModelRoutes,
+        ErasureRoutes,
+        FeedbackRoutes,
+        JobRoutes,
+    )
     groups = [routes(service) for routes in classes]
     return {
         route.handler: next(getattr(g, route.handler) for g in groups if hasattr(g, route.handler)) for route in ROUTES

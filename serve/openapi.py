@@ -28,6 +28,7 @@ _NAMES = {
     "version": "default-0123abcd",
     "post_id": "1780000000000000000",
     "author_id": "1500000042",
+    "job_id": "3f1c2f9e-6f0f-4a55-9a43-0d0c6f1b7a11",
 }
 _PACKED = {
     "name": "Content-Encoding",
@@ -42,6 +43,17 @@ _TIMEOUT = {
     "streamed batch: each chunk of lines.",
     "schema": {"type": "number", "minimum": MIN_TIMEOUT_S, "maximum": 1_000_000},
     "example": 2.5,
+}
+_UPLOADS = {
+    _NDJSON: '{"text": "I love this", "id": "a-1"}\n"worst service ever"\n',
+    "text/csv": "id,text\na-1,I love this\na-2,worst service ever\n",
+    "text/tab-separated-values": "id\ttext\na-1\tI love this\n",
+}
+_ONCE = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "Names the request: sent again with the same key, it makes no second job.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]+$"},
 }
 
 
@@ -77,6 +89,8 @@ class Route:
     """Whether it takes and gives lines of JSON too."""
     content: str = _JSON
     """The media type of an answer without a model."""
+    uploads: bool = False
+    """Whether its body is a file of many texts."""
 
     def options(self) -> dict[str, Any]:
         """What `FastAPI.add_api_route` takes."""
@@ -109,6 +123,9 @@ class Route:
             if self.streams:
                 content[_NDJSON] = {"schema": {"type": "string", "examples": [_LINES_IN]}}
             extra["requestBody"] = {"required": True, "content": content}
+        if self.uploads:
+            kinds = {name: {"schema": {"type": "string", "examples": [text]}} for name, text in _UPLOADS.items()}
+            extra["requestBody"] = {"required": True, "content": kinds}
         parameters: list[dict[str, Any]] = [
             {"name": item.name, "in": "query", "description": item.description, "schema": item.schema}
             for item in self.query
@@ -120,6 +137,8 @@ class Route:
         ]
         if self.classifies:
             parameters += [_PACKED, _TIMEOUT]
+        if self.uploads:
+            parameters += [_PACKED, _ONCE]
         if parameters:
             extra["parameters"] = parameters
         if self.is_open:
@@ -242,6 +261,102 @@ ROUTES = (
             ("post", "Erase a post and its edits, for good; needs the scope admin"),
             ("author", "Erase an author's posts, and store none of theirs again; needs the scope admin"),
         )
+    ),
+    Route(
+        "POST",
+        "/jobs",
+        "submit_job",
+        "jobs",
+        "Classify a file of any number of texts in the background",
+        answer=wire.Job,
+        status=202,
+        problems=(400, 408, 413, 415, 422, *_GUARDED),
+        query=(
+            Query("column", "Field or column that holds the text.", {"type": "string", "default": "text"}),
+            Query(
+                "invalid",
+                "`keep`: a line that is wrong gets an error in the result; `reject`: it refuses the upload.",
+                {"type": "string", "enum": ["keep", "reject"], "default": "keep"},
+            ),
+            *_OPTIONS[:3],
+        ),
+        uploads=True,
+    ),
+    Route(
+        "POST",
+        "/jobs/retention",
+        "submit_retention",
+        "jobs",
+        "Apply the retention limits in the background; needs the scope admin",
+        answer=wire.Job,
+        status=202,
+        problems=(422, *_GUARDED),
+    ),
+    Route(
+        "POST",
+        "/jobs/erasure",
+        "submit_erasure",
+        "jobs",
+        "Erase a post or an author in the background; needs the scope admin",
+        body=wire.ErasureRequest,
+        answer=wire.Job,
+        status=202,
+        problems=(400, 408, 413, 415, 422, *_GUARDED),
+    ),
+    Route(
+        "GET",
+        "/jobs",
+        "list_jobs",
+        "jobs",
+        "The newest jobs of the key; of all keys for one with the scope admin",
+        answer=wire.Jobs,
+        problems=(422, *_GUARDED),
+        query=(Query("limit", "How many.", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 50}),),
+    ),
+    Route(
+        "GET",
+        "/jobs/{job_id}",
+        "show_job",
+        "jobs",
+        "How far a job is",
+        answer=wire.Job,
+        problems=(404, 422, *_GUARDED),
+    ),
+    Route(
+        "GET",
+        "/jobs/{job_id}/result",
+        "job_result",
+        "jobs",
+        "A line for each line of the upload, when the job has ended",
+        content=_NDJSON,
+        problems=(404, 409, 422, *_GUARDED),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/cancel",
+        "cancel_job",
+        "jobs",
+        "End a job; what is done of it can be fetched",
+        answer=wire.Job,
+        problems=(404, 422, *_GUARDED),
+    ),
+    Route(
+        "POST",
+        "/jobs/{job_id}/resume",
+        "resume_job",
+        "jobs",
+        "Go on with a job that has failed, where it stopped",
+        answer=wire.Job,
+        problems=(404, 422, *_GUARDED),
+    ),
+    Route(
+        "DELETE",
+        "/jobs/{job_id}",
+        "delete_job",
+        "jobs",
+        "End a job and forget it and its result",
+        status=204,
+        problems=(404, 422, *_GUARDED),
     ),
     Route(
         "GET",

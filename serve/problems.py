@@ -25,6 +25,7 @@ STATUS: Mapping[type[errors.OvertoneError], int] = {
     errors.UnauthorizedError: 401,
     errors.ForbiddenError: 403,
     errors.NotFoundError: 404,
+    errors.NotReadyError: 409,
     errors.OverloadedError: 429,
     errors.DeadlineExceededError: 504,
     errors.UnavailableError: 503,

@@ -23,11 +23,12 @@ from serve.cache import Cache, MemoryCache, RedisCache
 from serve.classifier import Classifier
 from serve.environment import DEPLOYMENT, is_loopback
 from serve.http import create_app
+from serve.loopback import keep_handle_port_on_loopback
 from serve.quotas import Allowance, Quotas
 from serve.rollout import LiveOptions
 from serve.rotation import address, follow_secrets
 from serve.scaling import LoadMeter
-from serve.service import Service
+from serve.service import JobDesk, Service
 from serve.shortcut import Shortcut
 from serve.store import Store
 from serve.tokens import open_tokens
@@ -55,7 +56,7 @@ class Replica:
         self._settings = load_settings()
         logging.configure("serve", self._settings.log_level, self._settings.log_format)
         if is_loopback(self._settings.api_host):
-            _keep_handle_port_on_loopback()
+            keep_handle_port_on_loopback()
         allowance = Allowance(
             self._settings.limit_requests_per_minute,
             self._settings.limit_texts_per_minute,
@@ -87,6 +88,14 @@ class Replica:
             classifier=self._classifier,
             gate=self._gate,
             records=self._store,
+            jobs=JobDesk(
+                self._store.database,
+                self._settings.jobs_path,
+                max_bytes=self._settings.jobs_max_mib * 2**20,
+                max_texts=self._settings.jobs_max_texts,
+                max_open=self._settings.jobs_max_open,
+                keep_days=self._settings.retention_jobs_days,
+            ),
             tracing=self._tracing,
             replica=serve.get_replica_context().replica_id.unique_id,
             cors_origins=self._settings.cors_origins,
@@ -171,21 +180,3 @@ def _cache(settings: Settings) -> Cache | None:
         return None
     url = address(settings.redis_url)
     return RedisCache(url, ttl_s=settings.cache_ttl_s) if url else MemoryCache(settings.cache_entries)
-
-
-def _keep_handle_port_on_loopback() -> None:
-    """Have the server for calls between deployments, of which there are none, listen on loopback alone.
-
-    Serve 2.60 binds it to every interface and has no setting for it; it takes pickled arguments, so it must not be
-    reachable from other machines.
-    """
-    from ray.serve._private import replica
-
-    module: Any = replica
-    add_port = module.add_port_to_grpc_server
-
-    def add_loopback_port(server: Any, address: str) -> int:
-        port: int = add_port(server, address.replace("[::]", "127.0.0.1"))
-        return port
-
-    module.add_port_to_grpc_server = add_loopback_port

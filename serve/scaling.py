@@ -1,5 +1,8 @@
 """How many replicas the waiting work needs: measured in each replica, decided by Serve's controller.
 
+Below, the same for the consumers of tasks, by the length of their queue. Ray's own policy for that would have to be
+given the broker's address, with its password, where everybody in the cluster can read it.
+
 Serve's own policy counts requests, which says little: a request may hold one text or ten thousand, and the prediction
 routes do not pass through Serve's count at all. This one counts the engine's work in replicas: the share of time that
 the engines are busy, and the tokens that wait, over the tokens that an engine does in the time they may wait.
@@ -15,6 +18,8 @@ TARGET_BUSY = 0.75
 """Share of time that engines are to be busy; above it replicas are added."""
 DRAIN_S = 5.0
 """Seconds within which what waits is to be done."""
+TASKS_A_CONSUMER = 16
+"""Tasks that may wait for each consumer of them before another one comes."""
 _TOKENS_PER_S = 2_000.0
 """Of a replica that has not measured itself yet."""
 
@@ -88,3 +93,17 @@ def scale_by_waiting_tokens(context: Any) -> tuple[int, dict[str, Any]]:
     # Without a report, as while all replicas start, nothing is known: stay.
     wanted = replicas_for(loads, minimum=low, maximum=high) if loads else context.target_num_replicas
     return wanted, {}
+
+
+def consumers_for(waiting: float, *, minimum: int, maximum: int) -> int:
+    """The consumers that a queue of so many tasks needs, within bounds."""
+    return min(max(math.ceil(waiting / TASKS_A_CONSUMER), minimum), maximum)
+
+
+def scale_by_queue(context: Any) -> tuple[int, dict[str, Any]]:
+    """A policy for consumers of tasks, as above: by the length of their queue, which each of them reports."""
+    reports = (context.aggregated_metrics or {}).get("queue_length", {})
+    low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    if not reports:
+        return context.target_num_replicas, {}
+    return consumers_for(max(reports.values()), minimum=low, maximum=high), {}

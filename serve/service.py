@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
 
+from overtone.db.database import Database
 from overtone.db.feedback import Feedback, Written
 from overtone.erasure import Kind
 from serve.auth import Gate
@@ -26,6 +27,9 @@ TIMEOUT_HEADER = "X-Request-Timeout-S"
 MIN_TIMEOUT_S = 0.01
 _TIMEOUT_HEADER = TIMEOUT_HEADER.lower().encode()
 _SECONDS = re.compile(rb"(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][+-]?\d{1,3})?")
+
+UPLOADS_AT_ONCE = 2
+"""In one replica: taking an upload apart costs the interpreter time that answers need."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 Result = TypeVar("Result")
@@ -43,12 +47,29 @@ class Records(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class JobDesk:
+    """What the routes of jobs need beside the service."""
+
+    open_database: Callable[[], Awaitable[Database]]
+    root: Path
+    """Folder of all jobs, which the consumers see too."""
+    max_bytes: int = 4 * 2**30
+    max_texts: int = 10_000_000
+    max_open: int = 100
+    """Jobs of an account that may be under way at once."""
+    keep_days: int = 7
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS_AT_ONCE))
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """What the routes need."""
 
     classifier: Classifier
     gate: Gate
     records: Records
+    jobs: JobDesk | None = None
+    """None: jobs are refused."""
     cors_origins: tuple[str, ...] = ()
     metrics_folder: Path | None = None
     sends_request_id: bool = True

@@ -109,6 +109,14 @@ class Store:
         if self._database is not None:
             await self._database.close()
 
+    async def database(self) -> Database:
+        """The database, connected.
+
+        Raises:
+            DatabaseUnavailableError: it is away, or none is configured.
+        """
+        return await self._open()
+
     async def _open(self) -> Database:
         if self._database is not None:
             return self._database

@@ -378,6 +378,52 @@ class FeedbackReceipt(BaseModel):
     ]
 
 
+class LineProblem(BaseModel):
+    """What is wrong with a line of an upload."""
+
+    line: Annotated[int, Field(description="From 1.")]
+    field: str
+    problem: str
+    limit: int | None = None
+    size: int | None = None
+
+
+class Job(BaseModel):
+    """A job, and how far it is."""
+
+    job_id: str
+    kind: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    done: Annotated[int, Field(description="Lines that were done.")]
+    failed: Annotated[int, Field(description="Of these, lines with an error.")]
+    total: Annotated[int, Field(description="Lines in all.")]
+    progress: Annotated[float, Field(ge=0, le=1)]
+    problems: Annotated[list[LineProblem], Field(description="Of the first 20 lines with an error.")]
+    outcome: Annotated[
+        dict[str, Any] | None, Field(description="Of retention: what was dropped; of an erasure: the receipt.")
+    ]
+    error: Annotated[str | None, Field(description="Why a job has failed.")]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: Annotated[datetime | None, Field(description="When the job and its result are removed.")]
+
+
+class ErasureRequest(BaseModel):
+    """What is to be erased."""
+
+    model_config = _examples({"kind": "author", "id": "1500000042"})
+
+    kind: Literal["post", "author"]
+    id: Annotated[str, Field(pattern=r"^[0-9]{1,19}$")]
+
+
+class Jobs(BaseModel):
+    """Jobs, the newest first."""
+
+    jobs: list[Job]
+
+
 class Erasure(BaseModel):
     """What was erased; the signature of a receipt is over this object."""
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from overtone import __version__
 from overtone.cli.backup import app as backups
 from overtone.cli.ingest import app as ingestion
+from overtone.cli.jobs import app as jobs
 from overtone.cli.k8s import app as k8s
 from overtone.cli.labels import app as labels
 from overtone.cli.letters import app as letters
@@ -48,6 +49,7 @@ app.add_typer(k8s, name="k8s")
 app.add_typer(backups, name="backup")
 app.add_typer(letters, name="dead-letters")
 app.add_typer(labels, name="labels")
+app.add_typer(jobs, name="jobs")
 app.add_typer(ingestion, name="ingest")
 app.command()(rescore)
 app.command()(retrain)

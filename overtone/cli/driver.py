@@ -1,10 +1,10 @@
 """The one process that talks to Ray for the supervisor.
 
 `python -m overtone.cli.driver ADDRESS METRICS_FOLDER [INGEST_FILE ...]` connects to the Ray instance at ADDRESS, then
-obeys one word a line on standard input (`serve`, `models`, `ingest`, `stop-ingest`) and answers each on standard output
-with a line of JSON: `{"done": WORD, "seconds": S}` or `{"failed": WORD, "code": CODE, "message": TEXT}`. The end of
-standard input ends it. A process of its own, because Ray installs signal handlers, starts threads and keeps 150 MB that
-a supervisor must not have.
+obeys one word a line on standard input (`serve`, `jobs`, `models`, `ingest`, `stop-ingest`) and answers each on
+standard output with a line of JSON: `{"done": WORD, "seconds": S}` or `{"failed": WORD, "code": C, "message": TEXT}`.
+The end of standard input ends it. A process of its own, because Ray installs signal handlers, starts threads and keeps
+150 MB that a supervisor must not have.
 """
 
 import json
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
     configure("driver", settings.log_level)
     commands: dict[str, Callable[[Settings], dict[str, object] | None]] = {
         "serve": lambda settings: _serve(settings, arguments[0], Path(arguments[1])),
+        "jobs": lambda settings: _jobs(settings, Path(arguments[1])),
         "models": _models,
         "ingest": lambda settings: _ingest(settings, *map(Path, arguments[1:])),
         "stop-ingest": _stop_ingest,
@@ -93,6 +94,15 @@ def _serve(settings: Settings, address: str, metrics: Path) -> None:
     live = load_rollout(settings.home).live()
     deploy(ServeArgs.model_validate(args | {"live": live}), host=settings.api_host, port=settings.api_port)
     save_running(settings.home, address, args)
+
+
+def _jobs(settings: Settings, metrics: Path) -> None:
+    """Have the consumers of jobs started, and do not wait for them."""
+    from serve.app import JobsArgs, deploy_jobs
+
+    number = settings.job_consumers
+    if number:
+        deploy_jobs(JobsArgs(min_consumers=number, max_consumers=number, metrics_folder=str(metrics)))
 
 
 def _models(settings: Settings) -> dict[str, object]:

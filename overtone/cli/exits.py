@@ -13,6 +13,7 @@ EXIT_CODES: Mapping[type[errors.OvertoneError], int] = {
     errors.InvalidInputError: 3,
     errors.UnauthorizedError: 4,
     errors.NotFoundError: 5,
+    errors.NotReadyError: 6,
     errors.UnavailableError: 6,
     errors.OverloadedError: 6,
     errors.DeadlineExceededError: 6,

@@ -91,6 +91,13 @@ class Plan:
         return self.home / "ray_token"
 
     @property
+    def jobs_queue(self) -> str:
+        """Who works on jobs and where these wait, for people."""
+        where = "Redis" if self.settings.redis_url else f"{self.home / 'broker'}"
+        number = self.settings.job_consumers
+        return f"{number} consumer{'s' if number > 1 else ''}, queue in {where}"
+
+    @property
     def posts_source(self) -> str:
         """Where posts come from, for people."""
         return "simulator" if self.simulates else self.settings.x_api_base_url

@@ -232,6 +232,11 @@ class Supervisor:
             self._await_driver(driver, "ingest")
             self._is_ingesting = True
             self._note("ingest", f"reads {plan.posts_source}", began)
+            began = time.monotonic()
+            driver.order("jobs")
+            self._await_driver(driver, "jobs")
+            if plan.settings.job_consumers:
+                self._note("jobs", plan.jobs_queue, began)
         finally:
             driver.close()
         self._answered_at = time.monotonic()

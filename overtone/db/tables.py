@@ -16,6 +16,7 @@ from sqlalchemy import (
     Column,
     Date,
     DateTime,
+    ForeignKey,
     Identity,
     Index,
     Integer,
@@ -198,15 +199,38 @@ jobs = Table(
     Column("state", Text, nullable=False, server_default=text("'queued'")),
     Column("parameters", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Column("done", BigInteger, nullable=False, server_default=text("0"), comment="Items done."),
+    Column("failed", BigInteger, nullable=False, server_default=text("0"), comment="Of those done: with an error."),
     Column("total", BigInteger, comment="Items to do; null while unknown."),
     Column("result", JSONB),
     Column("error", Text),
     Column("key_id", Text, comment="Who asked for it."),
+    Column("request_key", Text, comment="Names the request that made it, so that the same again makes no other."),
     _instant("created_at", default_now=True),
     _instant("started_at", nullable=True),
     _instant("finished_at", nullable=True),
     CheckConstraint("state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state"),
     Index("ix_jobs_state_created_at", "state", "created_at"),
+    Index("uq_jobs_key_id", "key_id", "request_key", unique=True),
+)
+
+job_chunks = Table(
+    "job_chunks",
+    metadata,
+    Column(
+        "job_id",
+        Uuid,
+        ForeignKey("overtone.jobs.job_id", name="fk_job_chunks_job_id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    Column("number", Integer, primary_key=True, comment="From 1, in the order of the upload."),
+    Column("items", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    _instant("queued_at", nullable=True),
+    Column("holder", Uuid, comment="The attempt that works on it."),
+    Column("held_until", DateTime(timezone=True), comment="When its holder counts as dead unless it says more."),
+    _instant("done_at", nullable=True),
+    Index("ix_job_chunks_open", "job_id", "number", postgresql_where=text("done_at IS NULL")),
+    comment="What of a job is done. The broker only says who works next: what it loses is queued again from here.",
 )
 
 api_keys = Table(

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("overtone", "serve", "train", "ingest", "kuberay")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 RAY_ROOMS = re.compile(
-    r"serve/(app|replica)\.py|train/(cluster|job|worker|rescore|stages|submission|retrainer|__main__)\.py|ingest/actor\.py"
-    r"|overtone/cli/.*|benchmarks/.*"
+    r"serve/(app|replica|consumers|loopback)\.py"
+    r"|train/(cluster|job|worker|rescore|stages|submission|retrainer|__main__)\.py"
+    r"|ingest/actor\.py|overtone/cli/.*|benchmarks/.*"
 )
 
 

@@ -129,14 +129,16 @@ def test_ray_kinds_fit_kuberays_schemas(overlay: str) -> None:
 def test_the_serve_config_is_one_that_ray_and_the_application_take(overlay: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from serve.app import ServeArgs
-    from serve.environment import APPLICATION, DEPLOYMENT, ROUTE_PREFIX
+    from serve.app import JobsArgs, ServeArgs
+    from serve.environment import APPLICATION, DEPLOYMENT, JOBS_APPLICATION, ROUTE_PREFIX
     from serve.rollout import LiveOptions
 
     service = next(each for each in documents(overlay) if each["kind"] == "RayService")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     ServeDeploySchema.model_validate(config)
-    (application,) = config["applications"]
+    application, consumers = config["applications"]
+    assert (consumers["name"], consumers["route_prefix"]) == (JOBS_APPLICATION, None)
+    jobs = JobsArgs.model_validate(consumers["args"])
     assert (application["name"], application["route_prefix"]) == (APPLICATION, ROUTE_PREFIX)
     args = ServeArgs.model_validate(application["args"])
     (deployment,) = application["deployments"]
@@ -144,6 +146,7 @@ def test_the_serve_config_is_one_that_ray_and_the_application_take(overlay: str)
     LiveOptions.model_validate(deployment["user_config"])
     groups = {each["groupName"]: each for each in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
     assert args.pool is not None
+    assert (jobs.pool, jobs.metrics_folder) == (args.pool, args.metrics_folder)
     group = groups[args.pool]
     assert group["labels"] == {"pool": args.pool}
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -394,7 +397,9 @@ def asked_names() -> set[str]:
             for text in document["data"].values():
                 panels = json.loads(text)["panels"]
                 expressions += [target["expr"] for panel in panels for target in panel["targets"]]
-    names = set(re.findall(r"(?<![:\w])(?:overtone|http|sentiment|ray|haproxy)_[a-z0-9_]+", " ".join(expressions)))
+    names = set(
+        re.findall(r"(?<![:\w])(?:overtone|http|sentiment|celery|ray|haproxy)_[a-z0-9_]+", " ".join(expressions))
+    )
     assert len(names) > 20
     return names
 

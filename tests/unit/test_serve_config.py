@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve.environment import APPLICATION, DEPLOYMENT, ROUTE_PREFIX
+from serve.environment import APPLICATION, DEPLOYMENT, JOBS_APPLICATION, ROUTE_PREFIX
 
 # What importing Ray Serve warns of is Ray's business.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -15,17 +15,20 @@ CONFIG = yaml.safe_load((Path(__file__).parents[2] / "configs" / "serve" / "app.
 
 
 def test_the_file_names_the_application_and_its_deployment() -> None:
-    [application] = CONFIG["applications"]
+    application, consumers = CONFIG["applications"]
+
+    assert (consumers["name"], consumers["route_prefix"]) == (JOBS_APPLICATION, None)
 
     assert (application["name"], application["route_prefix"]) == (APPLICATION, ROUTE_PREFIX)
     assert [item["name"] for item in application["deployments"]] == [DEPLOYMENT]
 
 
 def test_its_values_are_the_defaults_and_are_taken() -> None:
-    from serve.app import ServeArgs
+    from serve.app import JobsArgs, ServeArgs
     from serve.rollout import LiveOptions
 
-    [application] = CONFIG["applications"]
+    application, consumers = CONFIG["applications"]
+    assert JobsArgs(**consumers["args"]) == JobsArgs()
     assert ServeArgs(**application["args"]) == ServeArgs()
     assert LiveOptions(**application["deployments"][0]["user_config"]) == LiveOptions()
 

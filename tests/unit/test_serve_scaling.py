@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.scaling import Load, LoadMeter, Work, replicas_for, scale_by_waiting_tokens
+from serve.scaling import Load, LoadMeter, Work, consumers_for, replicas_for, scale_by_queue, scale_by_waiting_tokens
 
 LOADS = st.lists(
     st.builds(
@@ -62,3 +62,17 @@ def test_the_policy_reads_what_replicas_report_and_stays_without_any() -> None:
     assert scale_by_waiting_tokens(context) == (6, {})
     context.aggregated_metrics = None
     assert scale_by_waiting_tokens(context) == (2, {})
+
+
+def test_consumers_follow_the_length_of_the_queue_within_bounds() -> None:
+    assert [consumers_for(waiting, minimum=1, maximum=4) for waiting in (0, 16, 17, 64, 1e9)] == [1, 1, 2, 4, 4]
+    context = SimpleNamespace(
+        aggregated_metrics={"queue_length": {"a": 40.0, "b": 33.0}},
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=8,
+        target_num_replicas=2,
+    )
+
+    assert scale_by_queue(context) == (3, {})
+    context.aggregated_metrics = {}
+    assert scale_by_queue(context) == (2, {})
