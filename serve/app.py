@@ -97,9 +97,9 @@ def build_jobs(args: JobsArgs) -> Application:
         downscale_delay_s=120.0,
         policy=AutoscalingPolicy(policy_function="serve.scaling:scale_by_queue"),
     )
-    number = {"num_replicas": args.min_consumers} if args.min_consumers == args.max_consumers else {}
+    is_fixed = args.min_consumers == args.max_consumers
     application: Application = deployment.options(
-        **(number or {"autoscaling_config": scaling}),
+        **({"num_replicas": args.min_consumers} if is_fixed else {"autoscaling_config": scaling}),
         # Ray takes this for the number of tasks that a consumer works on at once.
         max_ongoing_requests=CONCURRENCY,
         ray_actor_options={

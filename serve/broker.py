@@ -38,7 +38,7 @@ _SOCKET_TIMEOUT_S = 10.0
 _AWAY = (OperationalError, RedisError, OSError)
 
 
-class _FileChannel(filesystem.Channel):  # type: ignore[misc]  # Kombu is not typed
+class _FileChannel(filesystem.Channel):
     """Kombu's channel of files, which writes a message where a reader may take it before it is whole."""
 
     def _put(self, queue: str, payload: Any, **_: Any) -> None:  # type: ignore[override]  # as Kombu's own does

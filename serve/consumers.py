@@ -60,7 +60,7 @@ _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 Result = TypeVar("Result")
 
 
-class Adapter(CeleryTaskProcessorAdapter):  # type: ignore[misc]  # Ray is not typed
+class Adapter(CeleryTaskProcessorAdapter):
     """Ray's adapter for Celery, with the broker of this process's settings.
 
     The configuration of a deployment is public in a Ray cluster, and the address of a broker holds a password.
