@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help up down status test lint format bench bench-full fuzz clean
+.PHONY: help up down status test drill lint format bench bench-full fuzz clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,6 +40,9 @@ test: $(VENV)/.installed-dev ## Run every test, the quick ones first. ARGS="-k b
 	done; \
 	printf '\n%b' "$$report"; \
 	if [ -n "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
+
+drill: $(VENV)/.installed-dev ## Lose the head, a node and a version of the code under load; needs root. About 10 minutes
+	$(BIN)/python -m pytest tests/cluster -m drill -s $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check format, style, types and import rules
 	$(BIN)/ruff format --check .

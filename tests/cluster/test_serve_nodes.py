@@ -31,6 +31,8 @@ from kuberay.build import build_overlay
 from overtone.db import keys
 from overtone.db.database import Database
 
+pytestmark = pytest.mark.drill
+
 ROOT = Path(__file__).parents[2]
 SECRET = "ovt_nodes-test"
 LOST = 0.001
