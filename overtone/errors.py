@@ -11,6 +11,7 @@
     ├── UnauthorizedError         no credentials, or credentials that are not known
     │   └── ForbiddenError        known credentials without the scope
     ├── NotFoundError             nothing is stored under that id
+    ├── NotReadyError             what was asked for is not there yet
     ├── OverloadedError           the queue is at its bound; try again after `retry_after_s`
     │   └── QuotaExceededError    the caller has used up a limit of its own
     ├── DeadlineExceededError     the answer would come too late to be of use

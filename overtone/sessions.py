@@ -388,6 +388,15 @@ def _read_signature(bundle: Bundle) -> Signature:
     return Signature.of(session, bundle)
 
 
+def forbid_saturation(options: Any) -> None:
+    """Have a session with `options` give int8 models the same scores on every processor.
+
+    On x86 without VNNI sums of products of uint8 and int8 saturate at 16 bits. Where ONNX Runtime knows its kernel to do
+    so it shifts the weights to uint8, whose kernel does not; elsewhere it leaves them.
+    """
+    options.add_session_config_entry("session.x64quantprecision", "1")
+
+
 def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
     # Half a second to import; callers that only use FakeEngine do not pay it.
     import onnxruntime
@@ -399,9 +408,7 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
     options.log_severity_level = 3
     # A waiting thread that spins takes the core from the replica beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # On x86 without VNNI the product of uint8 and int8 saturates at 16 bits. Where ONNX Runtime knows its kernel to do
-    # so it shifts the weights to uint8, whose kernel does not; elsewhere it leaves them.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    forbid_saturation(options)
     if device.memory == CUDA.memory:
         # CUDA and cuDNN that came as Python packages are on no path the system searches.
         onnxruntime.preload_dlls()

@@ -21,6 +21,7 @@ CHUNK_LINES = 2_000
 CHUNK_CHARS = 1_000_000
 MAX_ID_CHARS = 200
 _MAX_ID = 2**63 - 1
+_MAX_FIELD_CHARS = 128 * 1024
 
 Format = Literal["ndjson", "csv", "tsv"]
 _Line = tuple[int, Any, Mapping[str, Any]]
@@ -154,6 +155,8 @@ def _json_row(line: bytes, column: str) -> tuple[Any, Mapping[str, Any]]:
 
 def _separated_rows(pieces: Iterator[bytes], options: UploadOptions) -> Iterator[_Line]:
     delimiter = "\t" if options.format == "tsv" else ","
+    # Of the process. A quote that nobody closes would take the rest of the file for one field.
+    csv.field_size_limit(_MAX_FIELD_CHARS)
     reader = csv.reader(_decoded(_lines(pieces)), delimiter=delimiter)
     try:
         names = next(reader, [])
