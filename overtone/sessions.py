@@ -391,8 +391,8 @@ def _read_signature(bundle: Bundle) -> Signature:
 def forbid_saturation(options: Any) -> None:
     """Have a session with `options` give int8 models the same scores on every processor.
 
-    On x86 without VNNI sums of products of uint8 and int8 saturate at 16 bits. Where ONNX Runtime knows its kernel to do
-    so it shifts the weights to uint8, whose kernel does not; elsewhere it leaves them.
+    On x86 without VNNI sums of products of uint8 and int8 saturate at 16 bits. Where ONNX Runtime knows its kernel to
+    do so it shifts the weights to uint8, whose kernel does not; elsewhere it leaves them.
     """
     options.add_session_config_entry("session.x64quantprecision", "1")
 
