@@ -18,7 +18,7 @@ import yaml
 from overtone.bundle import Bundle, load_bundle
 from overtone.settings import environment_for, load_settings
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 150  # 3 epochs of 800 texts in batches of 16
@@ -73,7 +73,7 @@ class Running:
                         found.append(child)
         return found
 
-    def wait_for_checkpoint(self, seconds: float = 120) -> None:
+    def wait_for_checkpoint(self, seconds: float = 240) -> None:
         """Return once an epoch has been trained and kept."""
         end = time.monotonic() + seconds
         while not (self.checkpoints / "checkpoint_manager_snapshot.json").exists():
@@ -83,7 +83,7 @@ class Running:
 
     def finish(self) -> str:
         """Wait for the end and return what was printed."""
-        code = self.process.wait(timeout=200)
+        code = self.process.wait(timeout=400)
         printed = self.log.read_text()
         assert code == 0, printed[-3000:]
         return printed
