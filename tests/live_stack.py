@@ -125,7 +125,7 @@ class Stack:
 
     def run(self, *command: str) -> str:
         """What `command` prints, in the environment of this stack; it must end with 0."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=560, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 

@@ -86,7 +86,7 @@ def test_metrics_are_the_sum_of_all_replicas(stack: Stack) -> None:
     assert {str(process.pid) for process in stack.replicas()} <= written
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_twenty_replicas_killed_under_load_fail_only_what_they_held(stack: Stack) -> None:
     large = ["x " * 1000] * 60  # more than HAProxy can send to another replica again
     calls = [("/predict", {"text": LIKED})] * 6 + [("/predict/batch", {"texts": large})] * 2
@@ -163,6 +163,7 @@ def test_another_bundle_is_rolled_out_without_a_new_process_or_a_lost_request(
     assert {process.pid for process in stack.replicas()} == before
 
 
+@pytest.mark.timeout(600)
 def test_twenty_swaps_under_load_lose_and_mix_up_nothing(
     stack: Stack, serving_bundle: Bundle, other_bundle: Bundle
 ) -> None:
