@@ -26,7 +26,7 @@ from benchmarks.server import own_server
 from benchmarks.stress import measure_mixed, measure_open, measure_overload
 from benchmarks.texts import read_texts, synthetic_texts
 from overtone.bundle import Bundle, load_bundle
-from overtone.errors import BundleError, ConfigurationError, OvertoneError
+from overtone.errors import BundleError, ConfigurationError, OvertoneError, UnauthorizedError
 from overtone.settings import Settings, load_settings
 
 USUAL = Effort(rounds=5, seconds=5.0, warm_up_s=3.0)
@@ -171,15 +171,10 @@ def _warn_of_neighbours() -> None:
 
 
 def _running(settings: Settings, url: str) -> Target:
-    if settings.overtone_api_key is not None:
-        key = settings.overtone_api_key.get_secret_value()
-    else:
-        try:
-            key = (settings.home / "api_key").read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigurationError(
-                "--url needs a key: set OVERTONE_API_KEY, or OVERTONE_HOME to the server's"
-            ) from error
+    try:
+        key = settings.read_api_key()
+    except UnauthorizedError as error:
+        raise ConfigurationError("--url needs a key: set OVERTONE_API_KEY, or OVERTONE_HOME to the server's") from error
     return Target(url.rstrip("/"), settings.api_key_header, key)
 
 

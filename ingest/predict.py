@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +19,6 @@ from overtone.errors import (
 from overtone.schema import Prediction
 from overtone.settings import Settings
 
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _MAX_RETRY_AFTER_S = 30.0
 _PASSING_CODES = frozenset({"overloaded", "deadline_exceeded", "unavailable", "shutting_down", "database_unavailable"})
 
@@ -114,30 +112,13 @@ class PredictClient:
 def client_for(settings: Settings, timeout_s: float, latest: Callable[[], Settings] | None = None) -> PredictClient:
     """The client of the API that `settings` describe, with the key of the `latest` ones."""
     newest = latest or (lambda: settings)
-    host = _ANY_ADDRESS.get(settings.api_host, settings.api_host)
-    shown = f"[{host}]" if ":" in host else host
     return PredictClient(
-        f"http://{shown}:{settings.api_port}",
+        settings.api_url,
         settings.api_key_header,
-        lambda: read_key(newest()),
+        lambda: newest().read_api_key(),
         timeout_s=timeout_s,
         fresh_s=settings.secrets_refresh_s,
     )
-
-
-def read_key(settings: Settings) -> str:
-    """The API key to send: the setting's, or the one in the key file.
-
-    Raises:
-        UnauthorizedError: there is neither.
-    """
-    if settings.overtone_api_key is not None:
-        return settings.overtone_api_key.get_secret_value()
-    path: Path = settings.home / "api_key"
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeError) as error:
-        raise UnauthorizedError(f"no API key: OVERTONE_API_KEY is unset and {path} cannot be read") from error
 
 
 def failure_of(status: int, retry_after: str | None, body: bytes) -> OvertoneError:

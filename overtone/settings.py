@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from overtone.errors import ConfigurationError
+from overtone.errors import ConfigurationError, UnauthorizedError
 from overtone.secrets import SecretStore, check_address, open_stores, read_file
 
 
@@ -66,6 +66,7 @@ def _long_secret(value: SecretStr) -> SecretStr:
 
 
 _JOB_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +367,26 @@ class Settings(_Variables):
     def home(self) -> Path:
         """`overtone_home`, absolute, with `~` resolved."""
         return self.overtone_home.expanduser().absolute()
+
+    @property
+    def api_url(self) -> str:
+        """Where programs and people of this machine reach the API."""
+        host = _ANY_ADDRESS.get(self.api_host, self.api_host)
+        return f"http://[{host}]:{self.api_port}" if ":" in host else f"http://{host}:{self.api_port}"
+
+    def read_api_key(self) -> str:
+        """The key by which the installation's own programs call the API: the setting's, or the one in the home.
+
+        Raises:
+            UnauthorizedError: there is neither.
+        """
+        if self.overtone_api_key is not None:
+            return self.overtone_api_key.get_secret_value()
+        path = self.home / "api_key"
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            raise UnauthorizedError(f"no API key: OVERTONE_API_KEY is unset and {path} cannot be read") from error
 
     @property
     def jobs_path(self) -> Path:

@@ -8,7 +8,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -17,6 +16,7 @@ from ray import serve
 from ray.serve.schema import CeleryAdapterConfig, TaskProcessorConfig
 from ray.serve.task_consumer import task_consumer, task_handler
 from ray.serve.task_processor import CeleryTaskProcessorAdapter
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
 from overtone import logging
 from overtone.db.database import Database
@@ -25,7 +25,6 @@ from overtone.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     OvertoneError,
-    UnauthorizedError,
     UnavailableError,
 )
 from overtone.logging import get_logger
@@ -55,7 +54,6 @@ _STEP_S = 1.0
 _HOLD_S = 30.0
 _TIDY_S = 600.0
 _OPEN_S = 60.0
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Result = TypeVar("Result")
 
@@ -221,32 +219,20 @@ class Work:
 
 def api_classifier(settings: Settings, current: Callable[[], Settings]) -> ApiClassifier:
     """The API that `settings` describe, asked as the installation itself, with the key that `current` settings have."""
-    host = _ANY_ADDRESS.get(settings.api_host, settings.api_host)
-    shown = f"[{host}]" if ":" in host else host
-    return ApiClassifier(f"http://{shown}:{settings.api_port}", settings.api_key_header, lambda: _own_key(current()))
-
-
-def _own_key(settings: Settings) -> str:
-    if settings.overtone_api_key is not None:
-        return settings.overtone_api_key.get_secret_value()
-    path: Path = settings.home / "api_key"
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeError) as error:
-        raise UnauthorizedError(f"OVERTONE_API_KEY is unset and {path} cannot be read.") from error
+    return ApiClassifier(settings.api_url, settings.api_key_header, lambda: current().read_api_key())
 
 
 async def _opened_database(settings: Settings) -> Database:
     if settings.database_url is None:
         raise ConfigurationError("Jobs need DATABASE_URL.")
-    url, wait_s = settings.database_url.get_secret_value(), 0.5
-    while True:
-        try:
-            return await Database.open(url, max_size=CONCURRENCY + 2, application_name="overtone-jobs")
-        except DatabaseUnavailableError as error:
-            get_logger().warning("database.awaited", reason=error.code)
-        await asyncio.sleep(wait_s)
-        wait_s = min(wait_s * 2, 15.0)
+    trying = AsyncRetrying(
+        retry=retry_if_exception_type(DatabaseUnavailableError),
+        wait=wait_exponential(multiplier=0.5, max=15.0),
+        before_sleep=lambda _: get_logger().warning("database.awaited", reason=DatabaseUnavailableError.code),
+    )
+    url = settings.database_url.get_secret_value()
+    database: Database = await trying(Database.open, url, max_size=CONCURRENCY + 2, application_name="overtone-jobs")
+    return database
 
 
 async def _every(seconds: float, step: Callable[[], Coroutine[Any, Any, Any]]) -> None:

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 import aiohttp
 import orjson
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, wait_exponential
 
 from overtone import metrics
 from overtone.db import jobs
@@ -164,17 +165,17 @@ class Scorer:
         return state
 
     async def _classified(self, texts: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-        until = time.monotonic() + self.patience_s
-        wait_s = 0.5
-        while texts:
-            try:
-                return [answer async for answer in self.classify(texts, options)]
-            except UnavailableError:
-                if time.monotonic() + wait_s > until:
-                    raise
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 2, 10.0)
-        return []
+        trying = AsyncRetrying(
+            retry=retry_if_exception_type(UnavailableError),
+            wait=wait_exponential(multiplier=0.5, max=10.0),
+            stop=stop_before_delay(self.patience_s),
+            reraise=True,
+        )
+
+        async def once() -> list[dict[str, Any]]:
+            return [answer async for answer in self.classify(texts, options)]
+
+        return await trying(once) if texts else []
 
     async def _give_up(self, name: ChunkName, holder: UUID, error: Exception, *, is_last_try: bool) -> None:
         code = error.code if isinstance(error, OvertoneError) else "internal"

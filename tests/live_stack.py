@@ -130,12 +130,12 @@ class Stack:
         return done.stdout
 
 
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
+def until(condition: Callable[[], object], seconds: float = 30, every_s: float = 0.05) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Workers receive the values and never a path to this file, because Ray Train move
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from overtone.errors import ConfigurationError
 from overtone.schema import LABELS
 from overtone.settings import Settings
+
+Values = TypeVar("Values", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -230,6 +232,23 @@ def load_config(path: Path, settings: Settings, assignments: Sequence[str] = ())
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
         raise ConfigurationError(f"{path}: the training configuration is wrong\n" + "\n".join(lines)) from None
+
+
+def read_values(path: Path | None, kind: type[Values], what: str) -> Values:
+    """What the YAML file `path` holds, `what` for people; without a file the defaults of `kind`.
+
+    Raises:
+        ConfigurationError: naming the file and each value that is wrong.
+    """
+    if path is None:
+        return kind()
+    try:
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigurationError(f"{path}: {what} wrong\n" + "\n".join(lines)) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as YAML ({type(error).__name__})") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 import orjson
 import typer
-import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from overtone.logging import configure
 from overtone.registry import Registered, Registry, is_in_use
 from overtone.settings import Settings, environment_for, load_settings
 from train.bootstrap import Interval, intervals, paired_difference
+from train.config import read_values
 from train.data import LabelledTexts, read_labelled
 from train.evaluation import Reader
 from train.scores import calibration_error
@@ -116,15 +116,7 @@ def load_rules(path: Path | None) -> Rules:
     Raises:
         ConfigurationError: naming the file and each value that is wrong.
     """
-    if path is None:
-        return Rules()
-    try:
-        return Rules.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigurationError(f"{path}: the rules are wrong\n" + "\n".join(lines)) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: cannot be read as YAML ({type(error).__name__})") from None
+    return read_values(path, Rules, "the rules are")
 
 
 def decide(

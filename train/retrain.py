@@ -12,8 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from overtone.db import retrain as store
 from overtone.db.database import Database
@@ -21,6 +20,7 @@ from overtone.db.retrain import History, Labels, Profile, Run
 from overtone.errors import ConfigurationError
 from overtone.logging import get_logger
 from overtone.settings import Settings
+from train.config import read_values
 from train.drift import confidence_psi, label_psi
 
 RUN_NAME = "{run}"
@@ -143,15 +143,7 @@ def load_policy(path: Path | None) -> Policy:
     Raises:
         ConfigurationError: naming the file and each value that is wrong.
     """
-    if path is None:
-        return Policy()
-    try:
-        return Policy.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigurationError(f"{path}: the policy is wrong\n" + "\n".join(lines)) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: cannot be read as YAML ({type(error).__name__})") from None
+    return read_values(path, Policy, "the policy is")
 
 
 def decide(settings: Settings, policy: Policy, facts: Facts, *, is_forced: bool = False) -> Decision:

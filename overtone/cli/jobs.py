@@ -148,17 +148,15 @@ def delete(job: JobId) -> int:
 def _client() -> "Iterator[httpx.Client]":
     import httpx
 
-    from ingest.predict import read_key
-    from overtone.cli.plan import api_url
     from overtone.errors import UnavailableError
     from overtone.logging import configure
     from overtone.settings import load_settings
 
     configure("cli", "ERROR", "console")
     settings: Settings = load_settings()
-    headers = {settings.api_key_header: read_key(settings)}
+    headers = {settings.api_key_header: settings.read_api_key()}
     timeout = httpx.Timeout(120.0, connect=5.0)
-    with httpx.Client(base_url=api_url(settings), headers=headers, timeout=timeout, trust_env=False) as client:
+    with httpx.Client(base_url=settings.api_url, headers=headers, timeout=timeout, trust_env=False) as client:
         try:
             yield client
         except httpx.HTTPError as error:

@@ -21,11 +21,18 @@ from rich.table import Table
 
 from overtone.bundle import Bundle, load_bundle
 from overtone.cli.exits import error_of
-from overtone.cli.plan import api_url, ray_variables
+from overtone.cli.plan import ray_variables
 from overtone.cli.rollout import Rollout, load_rollout, load_running, save_rollout
 from overtone.cli.state import RunFolder
 from overtone.engine import check_golden, open_engine
-from overtone.errors import BundleError, ConfigurationError, NotFoundError, OvertoneError, UnavailableError
+from overtone.errors import (
+    BundleError,
+    ConfigurationError,
+    NotFoundError,
+    OvertoneError,
+    UnauthorizedError,
+    UnavailableError,
+)
 from overtone.registry import Registry, is_in_use
 from overtone.settings import Settings, environment_for
 from serve.environment import runtime_folder
@@ -215,9 +222,9 @@ def _look(settings: Settings, times: int) -> list[dict[str, Any]]:
     headers = {settings.api_key_header: _key(settings)}
     for _ in range(times):
         try:
-            answer = httpx.get(f"{api_url(settings)}/models", headers=headers, timeout=10.0, trust_env=False)
+            answer = httpx.get(f"{settings.api_url}/models", headers=headers, timeout=10.0, trust_env=False)
         except httpx.HTTPError as error:
-            raise UnavailableError(f"{api_url(settings)} does not answer.") from error
+            raise UnavailableError(f"{settings.api_url} does not answer.") from error
         if answer.status_code != httpx.codes.OK:
             body = answer.json()
             raise error_of(str(body.get("code")))(str(body.get("detail")))
@@ -226,11 +233,9 @@ def _look(settings: Settings, times: int) -> list[dict[str, Any]]:
 
 
 def _key(settings: Settings) -> str:
-    if settings.overtone_api_key is not None:
-        return settings.overtone_api_key.get_secret_value()
     try:
-        return (settings.home / "api_key").read_text(encoding="utf-8").strip()
-    except OSError as error:
+        return settings.read_api_key()
+    except UnauthorizedError as error:
         raise ConfigurationError("No API key: set OVERTONE_API_KEY, or start with `overtone up` once.") from error
 
 

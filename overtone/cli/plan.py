@@ -24,7 +24,6 @@ _DASHBOARD_CORES = 4
 _RULES = Path("configs/ingest/rules.yaml")
 """Read with posts from X, if it is there and no other file is named."""
 _SIMULATOR_TOKEN = "simulator"
-_ANY_ADDRESS = {"0.0.0.0": LOOPBACK, "::": "::1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Plan:
     @property
     def api_url(self) -> str:
         """Where people of this machine reach the API."""
-        return api_url(self.settings)
+        return self.settings.api_url
 
     @property
     def ray_folder(self) -> Path:
@@ -152,12 +151,6 @@ def make_plan(
         has_dashboard=(os.cpu_count() or 1) >= _DASHBOARD_CORES if has_dashboard is None else has_dashboard,
         environment=environment,
     )
-
-
-def api_url(settings: Settings) -> str:
-    """Where people of this machine reach the API that `settings` describe."""
-    host = _ANY_ADDRESS.get(settings.api_host, settings.api_host)
-    return f"http://[{host}]:{settings.api_port}" if ":" in host else f"http://{host}:{settings.api_port}"
 
 
 def free_ports(count: int, prefer: dict[int, int] | None = None) -> list[int]:

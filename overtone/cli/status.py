@@ -13,7 +13,6 @@ from rich.table import Table
 
 from overtone.cli.cleanup import embedded_postgres
 from overtone.cli.durations import in_words
-from overtone.cli.plan import api_url
 from overtone.cli.rates import RateMeter, Rates
 from overtone.cli.state import PartRecord, RunFolder, RunState
 from overtone.cli.supervisor import sign_in_link
@@ -66,7 +65,7 @@ def look(settings: Settings, *, with_link: bool = False) -> Status:
 
 def link_for(settings: Settings, state: RunState) -> str:
     """A fresh sign-in link for the page of the running stack."""
-    return asyncio.run(sign_in_link(database_url(settings), state.addresses.get("API", api_url(settings))))
+    return asyncio.run(sign_in_link(database_url(settings), state.addresses.get("API", settings.api_url)))
 
 
 def database_url(settings: Settings) -> str:
@@ -77,7 +76,7 @@ def database_url(settings: Settings) -> str:
 def served_version(settings: Settings) -> str | None:
     """The version that the API says it serves; None unless it is ready."""
     try:
-        answer = httpx.get(f"{api_url(settings)}/ready", timeout=5.0, trust_env=False)
+        answer = httpx.get(f"{settings.api_url}/ready", timeout=5.0, trust_env=False)
         return str(answer.json()["model_version"]) if answer.status_code == httpx.codes.OK else None
     except (httpx.HTTPError, ValueError, KeyError):
         return None
@@ -131,7 +130,7 @@ def _stats(settings: Settings) -> Stats | None:
 
 
 def _rates(settings: Settings) -> Rates | None:
-    meter = RateMeter(api_url(settings))
+    meter = RateMeter(settings.api_url)
     try:
         meter.look()
         time.sleep(_RATE_WINDOW_S)

@@ -338,13 +338,7 @@ async def finish_chunk(
         state = await connection.fetchval("SELECT state FROM overtone.jobs WHERE job_id = $1 FOR UPDATE", name.job_id)
         if state not in UNDER_WAY:
             return None
-        status = await connection.execute(
-            "UPDATE overtone.job_chunks SET done_at = now(), holder = NULL, held_until = NULL"
-            " WHERE job_id = $1 AND number = $2 AND done_at IS NULL",
-            name.job_id,
-            name.number,
-        )
-        if status != "UPDATE 1":
+        if not await _close_chunk(connection, name):
             return None
         await asyncio.to_thread(keep, await _erased(connection, done.ids))
         problems = orjson.dumps(list(done.problems)[:MAX_PROBLEMS]).decode()
@@ -367,12 +361,18 @@ async def finish_chore(db: Database, name: ChunkName, outcome: Mapping[str, Any]
             orjson.dumps(dict(outcome)).decode(),
             list(UNDER_WAY),
         )
-        await connection.execute(
-            "UPDATE overtone.job_chunks SET done_at = now(), holder = NULL, held_until = NULL"
-            " WHERE job_id = $1 AND number = $2 AND done_at IS NULL",
-            name.job_id,
-            name.number,
-        )
+        await _close_chunk(connection, name)
+    return bool(status == "UPDATE 1")
+
+
+async def _close_chunk(connection: Connection, name: ChunkName) -> bool:
+    """Note that the chunk is done; False if it was before."""
+    status = await connection.execute(
+        "UPDATE overtone.job_chunks SET done_at = now(), holder = NULL, held_until = NULL"
+        " WHERE job_id = $1 AND number = $2 AND done_at IS NULL",
+        name.job_id,
+        name.number,
+    )
     return bool(status == "UPDATE 1")
 
 

@@ -28,6 +28,7 @@ import pytest
 import redis
 
 from kuberay.build import build_overlay
+from live_stack import until
 from overtone.db import keys
 from overtone.db.database import Database
 
@@ -71,14 +72,6 @@ def run(*words: object) -> str:
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{words}: {done.stderr}"
     return done.stdout
-
-
-def until(condition: Callable[[], Any], seconds: float = 120.0, every_s: float = 0.1) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(every_s)
 
 
 def manifest_environment() -> dict[str, str]:
@@ -284,7 +277,7 @@ def cluster(postgres_url: str) -> Iterator[Cluster]:
                     for worker in cluster.workers:
                         worker.start()
                     cluster.deploy()
-                    until(cluster.is_answering)
+                    until(cluster.is_answering, 120)
                     yield cluster
                 finally:
                     for node in (cluster.head, *cluster.workers):

@@ -1,6 +1,5 @@
 """Feedback as training data: what may be learned from, and what an erasure takes out of it."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from overtone.cli.database import with_database
 from overtone.db import Database
 from overtone.db.embedded import EmbeddedPostgres, running_url
 from overtone.db.feedback import Feedback, write_feedback
@@ -39,14 +39,7 @@ class Place:
         self.settings = load_settings(overtone_home=home, database_url=url, allow_training_on_x_content=True)
 
     def do(self, work: Callable[[Database], Awaitable[T]]) -> T:
-        async def opened() -> T:
-            db = await Database.open(self.url, max_size=2)
-            try:
-                return await work(db)
-            finally:
-                await db.close()
-
-        return asyncio.run(opened())
+        return with_database(self.settings, work)
 
     def erase(self, author_id: int) -> None:
         self.do(lambda db: open_eraser(self.settings, db).remove([], [author_id], reason="requested"))

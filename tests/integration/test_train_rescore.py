@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from overtone.bundle import TextEncoder, load_bundle
+from overtone.cli.database import with_database
 from overtone.db import Database
 from overtone.db.erasure import erase_posts
 from overtone.db.partitions import month_of
@@ -61,14 +62,7 @@ class Store:
         await write_predictions(db, [(one.post_id, OLD) for one in self.posts])
 
     def do(self, work: Callable[[Database], Awaitable[T]]) -> T:
-        async def opened() -> T:
-            db = await Database.open(self.url, max_size=2)
-            try:
-                return await work(db)
-            finally:
-                await db.close()
-
-        return asyncio.run(opened())
+        return with_database(load_settings(database_url=self.url), work)
 
     def values(self, statement: str, *arguments: Any) -> list[Any]:
         async def fetch(db: Database) -> list[Any]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from overtone import errors
 from overtone.cli.durations import in_words, parse_duration
 from overtone.cli.exits import EXIT_CODES, error_of, exit_code, tell
-from overtone.cli.plan import api_url, free_ports, require_free_port
+from overtone.cli.plan import free_ports, require_free_port
 from overtone.cli.reports import JsonReport, curl_line
 from overtone.cli.state import PartRecord
 from overtone.cli.supervisor import secret_file
@@ -161,7 +161,7 @@ def test_free_ports_differ_and_a_wish_is_kept_if_it_can_be() -> None:
     [("127.0.0.1", "http://127.0.0.1:8000"), ("0.0.0.0", "http://127.0.0.1:8000"), ("::", "http://[::1]:8000")],
 )
 def test_people_are_given_an_address_that_can_be_opened(host: str, url: str) -> None:
-    assert api_url(Settings(api_host=host, api_port=8000, _env_file=None)) == url
+    assert Settings(api_host=host, api_port=8000, _env_file=None).api_url == url
 
 
 def test_a_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ingest.connection import LineSplitter, refusal
 from ingest.ledger import overlapping
 from ingest.options import IngestOptions, RuleOption, StreamOptions, is_loopback, load_options, suited_to
 from ingest.pipeline import Pipeline, source_name
-from ingest.predict import Postponed, Refused, client_for, failure_of, outcomes_of, read_key
+from ingest.predict import Postponed, Refused, client_for, failure_of, outcomes_of
 from overtone.db.gaps import Gap
 from overtone.errors import (
     ConfigurationError,
@@ -253,12 +253,12 @@ def test_an_answer_that_is_not_ours_means_not_now(body: bytes) -> None:
 
 
 def test_the_key_comes_from_the_setting_or_the_file(tmp_path: Path) -> None:
-    assert read_key(load_settings(overtone_api_key="a", overtone_home=tmp_path)) == "a"
+    assert load_settings(overtone_api_key="a", overtone_home=tmp_path).read_api_key() == "a"
     settings = load_settings(overtone_api_key=None, overtone_home=tmp_path)
     with pytest.raises(UnauthorizedError, match="api_key"):
-        read_key(settings)
+        settings.read_api_key()
     (tmp_path / "api_key").write_text("b\n")
-    assert read_key(settings) == "b"
+    assert settings.read_api_key() == "b"
 
 
 async def test_an_api_on_every_address_is_reached_on_loopback() -> None:
