@@ -58,6 +58,10 @@ class PostReader:
                 ids, texts = zip(*posts, strict=True)
                 yield {"post_id": np.array(ids, dtype=np.int64), "text": np.array(texts, dtype=object)}
 
+    def close(self) -> None:
+        """Leave the database. The end of its process, which is how Ray ends an actor, does that too."""
+        self._database.close()
+
 
 class Scorer:
     """Posts in, their scores out: `post_id` int64, `scores` float32 [posts, labels], NaN where the model failed."""
@@ -95,6 +99,10 @@ class PredictionWriter:
         written = self._database.do(lambda db: write_predictions(db, rows))
         counts = {"read": read, "written": written, "failed": read - len(rows)}
         return {name: np.array([count]) for name, count in counts.items()}
+
+    def close(self) -> None:
+        """See `PostReader.close`."""
+        self._database.close()
 
     def _prediction(self, scores: list[float]) -> Prediction:
         best = scores.index(max(scores))
@@ -174,6 +182,12 @@ class _OneConnection:
             reraise=True,
         )
         return trying(lambda: self._runner.run(self._once(work)))
+
+    def close(self) -> None:
+        """Close the connection; nothing can be done by it afterwards."""
+        if self._db is not None:
+            self._runner.run(self._db.close())
+        self._runner.close()
 
     async def _once(self, work: Callable[[Database], Awaitable[T]]) -> T:
         if self._db is None:

@@ -265,12 +265,17 @@ def test_what_is_erased_between_reading_and_writing_is_not_written(
     monkeypatch.setenv("DATABASE_URL", store.url)
     ids = sorted(one.post_id for one in store.posts)[:10]
     reader, writer = PostReader(VERSION, None), PredictionWriter(VERSION, load_bundle().labels)
-    (read,) = reader({"first": np.array([ids[0]]), "last": np.array([ids[-1]])})
-    assert read["post_id"].tolist() == ids
-    store.do(lambda db: erase_posts(db, ids[:4], reason="deleted"))
-    scores = np.tile(np.float32([0.1, 0.2, 0.7]), (10, 1))
-    scores[9] = np.nan
-    counts = writer({"post_id": read["post_id"], "scores": scores})
-    assert {name: column.tolist() for name, column in counts.items()} == {"read": [10], "written": [5], "failed": [1]}
-    assert sorted(store.scored()) == ids[4:9]
-    assert list(reader({"first": np.array([ids[0]]), "last": np.array([ids[8]])})) == []
+    with contextlib.closing(reader), contextlib.closing(writer):
+        (read,) = reader({"first": np.array([ids[0]]), "last": np.array([ids[-1]])})
+        assert read["post_id"].tolist() == ids
+        store.do(lambda db: erase_posts(db, ids[:4], reason="deleted"))
+        scores = np.tile(np.float32([0.1, 0.2, 0.7]), (10, 1))
+        scores[9] = np.nan
+        counts = writer({"post_id": read["post_id"], "scores": scores})
+        assert {name: column.tolist() for name, column in counts.items()} == {
+            "read": [10],
+            "written": [5],
+            "failed": [1],
+        }
+        assert sorted(store.scored()) == ids[4:9]
+        assert list(reader({"first": np.array([ids[0]]), "last": np.array([ids[8]])})) == []
