@@ -27,6 +27,7 @@ from benchmarks.stress import measure_mixed, measure_open, measure_overload
 from benchmarks.texts import read_texts, synthetic_texts
 from overtone.bundle import Bundle, load_bundle
 from overtone.errors import BundleError, ConfigurationError, OvertoneError, UnauthorizedError
+from overtone.logging import configure
 from overtone.settings import Settings, load_settings
 
 USUAL = Effort(rounds=5, seconds=5.0, warm_up_s=3.0)
@@ -137,6 +138,7 @@ def bench(  # noqa: PLR0913, PLR0917  # each is an option of the command
     With `--url` the key is that of OVERTONE_API_KEY or of the file OVERTONE_HOME/api_key.
     """
     settings = load_settings()
+    configure("benchmark", "WARNING", "console")
     parts = _parts(full, only, url)
     effort = QUICK if quick else FULL if full else USUAL
     effort = replace(effort, rounds=rounds or effort.rounds)

@@ -46,6 +46,7 @@ from overtone.db.migrate import upgrade
 from overtone.db.payload import json_text
 from overtone.db.posts import claim_stream
 from overtone.errors import DataError
+from overtone.logging import configure
 from overtone.schema import Post
 from overtone.settings import load_settings
 from overtone.spool import Spool
@@ -79,6 +80,7 @@ def main(
     output: Annotated[Path, typer.Option(help="The file the results are written to.")] = OUTPUT,
 ) -> None:
     """Measure and write the results."""
+    configure("benchmark", "WARNING", "console")
     with tempfile.TemporaryDirectory(prefix="ovi-", dir="/tmp") as folder, contextlib.ExitStack() as stack:
         home = Path(folder) / "home"
         home.mkdir()

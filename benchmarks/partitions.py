@@ -21,6 +21,7 @@ from benchmarks.results import RESULTS, Result, middle, ratio, write
 from overtone.db.database import Database
 from overtone.db.embedded import EmbeddedPostgres
 from overtone.db.migrate import upgrade
+from overtone.logging import configure
 
 OUTPUT = RESULTS.with_name("partitions.json")
 _APART = timedelta(days=2)
@@ -36,6 +37,7 @@ def main(
     output: Annotated[Path, typer.Option(help="The file the results are written to.")] = OUTPUT,
 ) -> None:
     """Measure and write the results."""
+    configure("benchmark", "WARNING", "console")
     with tempfile.TemporaryDirectory(prefix="ovp-", dir="/tmp") as name:
         folder = Path(name)
         server = EmbeddedPostgres(folder / "data", folder / "s")

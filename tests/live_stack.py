@@ -23,7 +23,7 @@ import psutil
 from overtone.bundle import Bundle
 from overtone.db import keys
 from overtone.db.database import Database
-from serve.environment import haproxy_pids, runtime_folder, serve_environment
+from serve.environment import APPLICATION, haproxy_pids, runtime_folder, serve_environment
 
 SECRET = "ovt_cluster-test"
 FIRST_PORT = 31500
@@ -76,7 +76,7 @@ class Stack:
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                if "ServeReplica" in " ".join(process.cmdline()):
+                if f"ServeReplica:{APPLICATION}:" in " ".join(process.cmdline()):
                     found.append(process)
         return found
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from overtone.bundle import Bundle, load_bundle
 from overtone.errors import OvertoneError
+from overtone.logging import configure
+from overtone.settings import load_settings
 from train.data import read_labelled
 from train.evaluation import Evaluation, measure
 from train.scores import Scores
@@ -98,6 +100,8 @@ def command(
 ) -> None:
     """Score a bundle on labelled texts: recall, F1, accuracy, calibration, slices, robustness, speed and size."""
     try:
+        settings = load_settings()
+        configure("train", settings.log_level, settings.log_format)
         opened = load_bundle(bundle)
         found = evaluate(opened, data, with_robustness=robustness, baselines_from=baselines)
         if report:

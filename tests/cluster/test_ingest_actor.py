@@ -150,12 +150,18 @@ async def test_a_killed_leader_is_replaced_and_nothing_is_lost(
         stored = await counts(db)
         return (stored.posts, stored.predictions) == (LIMIT, LIMIT)
 
+    after: dict[str, dict[str, Any]] = {}
+
+    async def are_both_back() -> bool:
+        nonlocal after
+        after = {one["role"]: one for one in await statuses()}
+        return set(after) == {"leader", "standby"} and {one["state"] for one in after.values()} == {"running"}
+
     await eventually(is_whole)
+    await eventually(are_both_back)
     assert b"overtone_ingest_posts_stored_total" in exposition(tmp_path)
-    after = {one["role"]: one for one in await statuses()}
     assert after["leader"]["pid"] == before["standby"]["pid"]
     assert after["standby"]["pid"] not in {one["pid"] for one in before.values()}
-    assert {one["state"] for one in after.values()} == {"running"}
     again = await asyncio.to_thread(start_actors, load_settings(), QUICK)
     assert again == await asyncio.to_thread(find_actors) == handles
     assert all(await asyncio.to_thread(ray_here.get, [handle.stop.remote() for handle in handles]))

@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,12 +20,13 @@ from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 from hostile import hostile_calls
+from overtone.db import Database
 from overtone.db.feedback import Feedback, Written
 from overtone.engine import open_engine
 from serve.auth import Gate, Identity, KeyRing
 from serve.classifier import Classifier
 from serve.http import create_app
-from serve.service import Service
+from serve.service import JobDesk, Service
 
 SECRET = "ovt_a-key"
 KEY = {"X-API-Key": SECRET}
@@ -58,14 +60,20 @@ class OneKey:
 
 
 @asynccontextmanager
-async def listening() -> AsyncIterator[int]:
-    """The port of a server with the default bundle."""
+async def listening(postgres_url: str, jobs: Path) -> AsyncIterator[int]:
+    """The port of a server with the default bundle, which takes jobs that nobody works on."""
+    database = await Database.open(postgres_url, max_size=2)
+
+    async def open_database() -> Database:
+        return database
+
     classifier = Classifier(engine_for=open_engine)
     await classifier.load(None)
     store = OneKey()
     keys = KeyRing(store)
     await keys.refresh()
-    app = create_app(Service(classifier=classifier, gate=Gate(keys), records=store))
+    desk = JobDesk(open_database, jobs, max_open=1_000)
+    app = create_app(Service(classifier=classifier, gate=Gate(keys), records=store, jobs=desk))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
     task = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
@@ -74,15 +82,17 @@ async def listening() -> AsyncIterator[int]:
     server.should_exit = True
     await task
     await classifier.close()
+    await database.close()
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    jobs = tmp_path_factory.mktemp("jobs")
     found: list[int] = []
     is_up, is_over = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        async with listening() as port:
+        async with listening(postgres_url, jobs) as port:
             found.append(port)
             is_up.set()
             await asyncio.to_thread(is_over.wait)
