@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 # In this order: what is quick and needs nothing comes first.
 SUITES ?= unit integration cluster model e2e
+# Files of unit and integration tests; the other suites have the machine to themselves.
+TESTS_AT_ONCE ?= 2
 CONSTRAINTS := $(wildcard constraints.txt)
 # The interpreter for .venv; the newest that is known to work, unless you choose one.
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -32,12 +34,15 @@ status: $(VENV)/.installed ## Show what runs
 test: $(VENV)/.installed-dev ## Run every test, the quick ones first. ARGS="-k batcher"
 	@failed=""; report=""; \
 	for suite in $(SUITES); do \
-		echo "== tests/$$suite"; status=0; started=$$SECONDS; \
-		$(BIN)/python -m pytest tests/$$suite $(ARGS) 2>&1 | tee $(VENV)/test-$$suite.log || status=$$?; \
+		echo "== tests/$$suite"; status=0; \
+		case $$suite in unit | integration) beside="-n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder";; *) beside="";; esac; \
+		$(BIN)/python -m pytest tests/$$suite $$beside $(ARGS) 2>&1 | tee $(VENV)/test-$$suite.log || status=$$?; \
 		[ $$status -eq 0 ] || [ $$status -eq 5 ] || failed="$$failed $$suite"; \
 		said=$$(grep -E '^=+ .* in [0-9.]+s' $(VENV)/test-$$suite.log | tail -n 1 | sed -E 's/^=+ | =+$$//g' || true); \
 		report="$$report$$(printf '%-12s %s' "$$suite" "$${said:-ended with status $$status}")\n"; \
 	done; \
+	for suite in $$failed; do echo; echo "== what failed in tests/$$suite"; \
+		grep -aE '^(E  |FAILED |ERROR |tests/.*: in )' $(VENV)/test-$$suite.log | cut -c -300 | tail -n 60 || true; done; \
 	printf '\n%b' "$$report"; \
 	if [ -n "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
 

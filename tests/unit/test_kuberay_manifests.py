@@ -88,14 +88,15 @@ def test_kubernetes_own_kinds_fit_their_schemas(overlay: str) -> None:
 
 
 @functools.cache
-def crd_schema(kind: str) -> dict[str, Any]:
+def crd_validator(kind: str) -> jsonschema.protocols.Validator:
     path = CRDS / f"ray.io_{kind.lower()}s.yaml"
     if not path.is_file():
         pytest.skip(f"KubeRay's CRDs are not at {CRDS}")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     crd = yaml.load(path.read_text(), Loader=loader)
     version = next(each for each in crd["spec"]["versions"] if each["name"] == "v1")
-    return closed(version["schema"]["openAPIV3Schema"])
+    schema = closed(version["schema"]["openAPIV3Schema"])
+    return jsonschema.validators.validator_for(schema)(schema)
 
 
 def closed(schema: Any) -> Any:
@@ -118,10 +119,10 @@ def without_metadata(document: Document) -> Document:
 @pytest.mark.parametrize("overlay", overlay_names())
 def test_ray_kinds_fit_kuberays_schemas(overlay: str) -> None:
     service = next(each for each in documents(overlay) if each["kind"] == "RayService")
-    jsonschema.validate(without_metadata(service), crd_schema("RayService"))
+    crd_validator("RayService").validate(without_metadata(service))
     broken = apply_patch(service, [{"op": "add", "path": "/spec/rayClusterConfig/headGroupSpec/imagePull", "value": 1}])
     with pytest.raises(jsonschema.ValidationError, match="imagePull"):
-        jsonschema.validate(without_metadata(broken), crd_schema("RayService"))
+        crd_validator("RayService").validate(without_metadata(broken))
 
 
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # in Ray's schema

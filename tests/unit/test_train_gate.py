@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -80,6 +80,7 @@ def test_a_badly_calibrated_challenger_stays_outside(tiny_bundle: Bundle) -> Non
     assert "calibration error" in found.reasons[0]
 
 
+@settings(max_examples=30)
 @given(wrong=st.sets(st.integers(0, ROWS - 1), max_size=200))
 def test_no_bundle_beats_itself(wrong: set[int]) -> None:
     data = make_data()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.scores import calibration_error, fit_temperature, negative_log_likelihood, score, softmax
@@ -46,6 +46,7 @@ def test_calibration_error_is_the_gap_of_confidence_and_accuracy() -> None:
     assert calibration_error(one_hot([0, 1]), np.array([0, 1])) == 0
 
 
+@settings(max_examples=30)
 @given(temperature=st.floats(0.3, 4.0), seed=st.integers(0, 20))
 def test_the_temperature_that_made_the_labels_is_found(temperature: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
