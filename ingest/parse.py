@@ -14,7 +14,7 @@ from overtone.text import storable
 _MAX_POST_ID = 2**63 - 1
 _MAX_TAG_CHARS = 200
 _MAX_TITLE_CHARS = 200
-_ESCAPES_NEED_CARE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +101,13 @@ def messages_of_search(answer: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _decode(raw: bytes) -> Any:
-    if _ESCAPES_NEED_CARE.search(raw) is None:
+    try:
         return orjson.loads(raw)
-    # orjson refuses lone surrogates; the standard library lets them through; they are replaced before storing.
-    return json.loads(raw, parse_constant=_refuse_constant)
+    except orjson.JSONDecodeError:
+        # It refuses lone surrogates; the standard library lets them through; they are replaced before storing.
+        if _SURROGATE_ESCAPE.search(raw) is None:
+            raise
+        return json.loads(raw, parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> Any:
