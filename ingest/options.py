@@ -84,7 +84,7 @@ class StreamOptions(_Options):
 class WriteOptions(_Options):
     """How posts are stored."""
 
-    batch_rows: int = Field(500, ge=1, le=10_000)
+    batch_rows: int = Field(1_000, ge=1, le=10_000)
     flush_s: Annotated[float, Field(gt=0, le=10)] = 0.2
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -158,7 +159,12 @@ def _instant(value: Any) -> datetime | None:
 def message_tags(message: dict[str, Any]) -> tuple[str, ...]:
     """The tags of the rules that `message` matched, each once, fit for a column and for the label of a metric."""
     tags = (rule.get("tag") for rule in _objects(message.get("matching_rules")))
-    return tuple(dict.fromkeys(storable(tag)[:_MAX_TAG_CHARS] for tag in tags if isinstance(tag, str) and tag))
+    return tuple(dict.fromkeys(_tag(tag) for tag in tags if isinstance(tag, str) and tag))
+
+
+@lru_cache(4096)  # a stream has few rules and many posts
+def _tag(tag: str) -> str:
+    return storable(tag)[:_MAX_TAG_CHARS]
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:

@@ -43,6 +43,9 @@ _SETTINGS = {
     "max_connections": "100",
     # The cores are for the model; parallel workers also need more /dev/shm than containers give.
     "max_parallel_workers_per_gather": "0",
+    # Each checkpoint has whole pages written to the WAL again: a busy stream is not to cause one every minute.
+    "max_wal_size": "2GB",
+    "checkpoint_timeout": "15min",
     "log_line_prefix": "%m [%p] %a ",
     # A statement or a detail line would carry the text of posts into the log.
     "log_min_error_statement": "panic",

@@ -4,7 +4,8 @@ A month is counted as `year * 12 + month - 1`. A partition holds the post ids th
 The first month also takes the ids from before snowflakes, so every post X ever had falls into some partition.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from overtone.db.database import Connection, Database
@@ -47,9 +48,9 @@ def months_between(first: datetime, last: datetime) -> range:
     return range(first.year * 12 + first.month - 1, last.year * 12 + last.month)
 
 
-def is_plausible(post_id: int, now: datetime) -> bool:
-    """Whether X can have made `post_id` by `now`, give or take `FUTURE_LIMIT`."""
-    return 0 < post_id < datetime_to_snowflake(now + FUTURE_LIMIT)
+def plausible_ids(now: datetime) -> range:
+    """The post ids that X can have made by `now`, give or take `FUTURE_LIMIT`."""
+    return range(1, datetime_to_snowflake(now + FUTURE_LIMIT))
 
 
 async def ensure_partitions(db: Database, *, ahead_days: int = AHEAD_DAYS, behind_days: int = BEHIND_DAYS) -> list[str]:
@@ -64,9 +65,14 @@ async def ensure_partitions(db: Database, *, ahead_days: int = AHEAD_DAYS, behin
         )
 
 
-async def ensure_months(db: Database, post_ids: Iterable[int]) -> None:
-    """Make what is missing of the partitions that hold `post_ids`, each of which is plausible."""
-    missing = {month_of(post_id) for post_id in post_ids} - db.known_months
+async def ensure_months(db: Database, post_ids: Sequence[int]) -> None:
+    """Make what is missing of the partitions that hold `post_ids`, which ascend and are plausible."""
+    months, at = set[int](), 0
+    while at < len(post_ids):
+        month = month_of(post_ids[at])
+        months.add(month)
+        at = bisect_left(post_ids, bounds(month)[1], at + 1)
+    missing = months - db.known_months
     if not missing:
         return
     async with db.transaction() as connection:

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import asyncpg
 import orjson
 
 from overtone.db.database import Connection, Database
-from overtone.db.partitions import ensure_months, is_plausible
+from overtone.db.partitions import ensure_months, plausible_ids
 from overtone.db.payload import is_int64, json_text, raw_of
 from overtone.db.queries import query
 from overtone.db.tombstones import keep_out_erasures
@@ -61,13 +63,13 @@ async def write_posts(db: Database, posts: Sequence[Post], *, stream: str, epoch
     if not posts:
         return 0
     batch = _prepare(posts, datetime.now(UTC))
-    await ensure_months(db, (row[0] for row in batch.rows))
+    await ensure_months(db, [row[0] for row in batch.rows])
     try:
         return await _write(db, batch, stream, epoch)
     except asyncpg.CheckViolationError:
         # A partition that this process has seen was detached since.
         db.known_months.clear()
-        await ensure_months(db, (row[0] for row in batch.rows))
+        await ensure_months(db, [row[0] for row in batch.rows])
         return await _write(db, batch, stream, epoch)
 
 
@@ -148,9 +150,9 @@ async def write_dead_letter(db: Database, raw: bytes, reason: str, *, post_id: i
 
 
 def _prepare(posts: Sequence[Post], now: datetime) -> _Batch:
-    batch = _Batch()
+    batch, plausible = _Batch(), plausible_ids(now)
     for post in posts:
-        reason = _impossible(post, now)
+        reason = _impossible(post, plausible)
         if reason is None:
             try:
                 batch.rows.append(_row(post))
@@ -159,12 +161,12 @@ def _prepare(posts: Sequence[Post], now: datetime) -> _Batch:
                 reason = str(error)
         if reason is not None:
             batch.rejected.append((post, reason))
-    batch.rows.sort(key=lambda row: row[0])
+    batch.rows.sort(key=itemgetter(0))
     return batch
 
 
-def _impossible(post: Post, now: datetime) -> str | None:
-    if not is_plausible(post.post_id, now):
+def _impossible(post: Post, plausible: range) -> str | None:
+    if post.post_id not in plausible:
         return "the post id is not positive or lies in the future"
     if not is_int64(post.author_id):
         return "the author id does not fit 64 bits"
@@ -172,10 +174,14 @@ def _impossible(post: Post, now: datetime) -> str | None:
 
 
 def _row(post: Post) -> _Row:
-    tags = _TAG_SEPARATOR.join(storable(tag).replace(_TAG_SEPARATOR, " ") for tag in post.rule_tags)
     lang = None if post.lang is None else storable(post.lang)
-    payload = json_text(post.payload)
+    payload, tags = json_text(post.payload), _joined(post.rule_tags)
     return post.post_id, post.author_id, storable(post.text), post.created_at, lang, tags, payload
+
+
+@lru_cache(4096)  # a stream has few rules and many posts
+def _joined(tags: tuple[str, ...]) -> str:
+    return _TAG_SEPARATOR.join(storable(tag).replace(_TAG_SEPARATOR, " ") for tag in tags)
 
 
 async def _write(db: Database, batch: _Batch, stream: str, epoch: int | None) -> int:
