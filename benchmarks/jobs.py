@@ -33,6 +33,7 @@ _START_S = 240.0
 _AWAY_S = 2.0
 """How long Redis stays away."""
 _LOOK_S = 0.5
+_ANSWER_S = 90.0
 _UNSET = {"TWITTER_BEARER_TOKEN", "X_API_BASE_URL", "DATABASE_URL", "OVERTONE_API_KEY", "API_HOST", "JOBS_FOLDER"}
 
 
@@ -200,7 +201,10 @@ def live_through(world: World, trial: Trial) -> Account:
         account.state = _watch(world, client, job_id, trial, account)
         account.seconds = round(time.monotonic() - began, 1)
         account.texts_per_s = round(trial.texts / account.seconds, 1)
-        account.workers_answering = world.workers()
+        # A worker listens again a moment after the Redis it lost has come back.
+        deadline = time.monotonic() + _ANSWER_S
+        while not account.workers_answering and time.monotonic() < deadline:
+            account.workers_answering = world.workers()
         _compare(client, job_id, account)
     return account
 
