@@ -48,8 +48,8 @@ class FieldError:
     size: int | None = None
 
 
-async def read_json(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> Any:
-    """The parsed body.
+async def read_json(request: Request, *, max_bytes: int = MAX_BODY_BYTES, default: bytes = b"") -> Any:
+    """The parsed body; `default`, if given, stands for one that is empty, of whatever type.
 
     Raises:
         UnsupportedMediaTypeError: the content type is not JSON in UTF-8.
@@ -66,6 +66,12 @@ async def read_json(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> Any
             media = value
         elif name == b"content-encoding":
             encoding = value
+    if default:
+        body = await read_bytes(request, announced, encoding, max_bytes)
+        if not body:
+            return parse_json(default)
+        _check_media(media)
+        return parse_json(body)
     _check_media(media)
     return parse_json(await read_bytes(request, announced, encoding, max_bytes))
 

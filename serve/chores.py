@@ -13,6 +13,7 @@ from overtone.archive import ParquetArchive
 from overtone.db import jobs
 from overtone.db.database import Database
 from overtone.db.jobs import ChunkName
+from overtone.db.report import make_report
 from overtone.db.retention import Limits, retain
 from overtone.erasure import open_eraser
 from overtone.errors import ConfigurationError, InvalidInputError, OvertoneError
@@ -23,6 +24,7 @@ CHORE = "do_chore"
 """The task that does a chore: the job's id and the chunk's number, which is 1."""
 RETENTION = "retention"
 ERASURE = "erasure"
+REPORT = "report"
 
 Chore = Callable[[Settings, Database, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -80,5 +82,9 @@ async def _erase(settings: Settings, db: Database, parameters: Mapping[str, Any]
     )
 
 
-CHORES: Mapping[str, Chore] = {RETENTION: _retain, ERASURE: _erase}
+async def _report(_settings: Settings, db: Database, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return await make_report(db, days=int(parameters["days"]))
+
+
+CHORES: Mapping[str, Chore] = {RETENTION: _retain, ERASURE: _erase, REPORT: _report}
 """What does a job of each kind."""

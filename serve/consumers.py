@@ -121,7 +121,7 @@ class Consumer:
 
     @task_handler(name=SCORE)
     def score_chunk(self, job_id: str, number: int) -> None:
-        """Score one chunk of a job.
+        """Score one chunk of a job, be that lines of an upload or stored posts.
 
         Raises:
             OvertoneError: Celery is to deliver the task again, or to put it into the dead queue.

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -30,16 +30,20 @@ from overtone.logging import get_logger
 from serve import options
 from serve.auth import Identity
 from serve.bodies import FieldError, invalid, read_json
-from serve.chores import ERASURE, RETENTION
+from serve.chores import ERASURE, REPORT, RETENTION
 from serve.encodings import PIECE_BYTES, Inflater, is_gzip
 from serve.ndjson import SILENT_S
 from serve.options import Options
+from serve.rescoring import RESCORING
 from serve.scoring import SCORING
 from serve.service import JobDesk, Service, json_response
 from serve.uploads import Format, Upload, UploadOptions, take_in
 
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 MAX_LISTED = 1000
+MAX_SINCE_DAYS = 3650
+MAX_REPORT_DAYS = 90
+REPORT_DAYS = 7
 _MAX_CHORE_BYTES = 4096
 
 _FORMATS: tuple[tuple[re.Pattern[str], Format], ...] = (
@@ -89,7 +93,7 @@ class JobRoutes:
         return self._accepted(job)
 
     async def submit_retention(self, request: Request) -> Response:
-        return await self._chore(request, RETENTION, {})
+        return await self._background(request, RETENTION, {})
 
     async def submit_erasure(self, request: Request) -> Response:
         identity = await self._service.gate.authorise(request, "admin")
@@ -100,13 +104,35 @@ class JobRoutes:
         if not (isinstance(written, str) and written.isascii() and written.isdigit() and len(written) <= 19):
             raise invalid([FieldError("id", "must be a number of at most 19 digits, as a string")])
         require_id(body["kind"], int(written))
-        return await self._chore(request, ERASURE, {**body, "actor": identity.key_id})
+        return await self._background(request, ERASURE, {**body, "actor": identity.key_id})
 
-    async def _chore(self, request: Request, kind: str, parameters: dict[str, Any]) -> Response:
+    async def submit_rescoring(self, request: Request) -> Response:
+        await self._service.gate.authorise(request, "admin")
+        days = await _days(request, "since_days", MAX_SINCE_DAYS)
+        since = (datetime.now(UTC) - timedelta(days=days)).isoformat() if days else None
+        version = self._service.classifier.bundle.version
+        return await self._background(request, RESCORING, {"model_version": version, "since": since})
+
+    async def submit_report(self, request: Request) -> Response:
+        await self._service.gate.authorise(request, "admin")
+        days = await _days(request, "days", MAX_REPORT_DAYS)
+        return await self._background(request, REPORT, {"days": days or REPORT_DAYS})
+
+    async def _background(self, request: Request, kind: str, parameters: dict[str, Any]) -> Response:
+        """Store a job that has no upload: a chore, or one that its first chunk plans."""
         identity = await self._service.gate.authorise(request, "admin")
         await self._service.gate.spend(identity, 0)
         db = await self._desk.open_database()
-        new = NewJob(uuid4(), kind, _owner(identity), parameters, [1], request_key=_idempotency_key(request))
+        is_chore = kind != RESCORING
+        new = NewJob(
+            uuid4(),
+            kind,
+            _owner(identity),
+            parameters,
+            chunks=[int(is_chore)],
+            is_planned=is_chore,
+            request_key=_idempotency_key(request),
+        )
         job, _ = await jobs.create_job(db, new)
         get_logger().info("job.submitted", job_id=str(job.job_id), kind=kind)
         return self._accepted(job)
@@ -125,7 +151,9 @@ class JobRoutes:
     async def job_result(self, request: Request) -> Response:
         _, job = await self._own(request)
         if job.is_under_way:
-            raise NotReadyError(f"The job is {job.state}: {job.done} of {job.total} lines are done.")
+            raise NotReadyError(
+                f"The job is {job.state}: {job.done} of {job.total or 'so far unknown'} lines are done."
+            )
         pieces = JobFolder(self._desk.root, job.job_id).results()
         headers = {"cache-control": "no-store"}
         return StreamingResponse(pieces, media_type="application/x-ndjson", headers=headers)
@@ -221,7 +249,7 @@ class JobRoutes:
             "done": job.done,
             "failed": job.failed,
             "total": job.total,
-            "progress": round(job.done / job.total, 4) if job.total else 1.0,
+            "progress": round(job.done / job.total, 4) if job.total else float(job.total == 0),
             "problems": job.problems,
             "outcome": job.outcome,
             "error": job.error,
@@ -319,6 +347,21 @@ def _limit(request: Request) -> int:
     if not (given.isascii() and given.isdigit() and len(given) <= 4 and 1 <= int(given) <= MAX_LISTED):
         raise invalid([FieldError("limit", f"must be an integer from 1 to {MAX_LISTED}", MAX_LISTED)])
     return int(given)
+
+
+async def _days(request: Request, name: str, most: int) -> int | None:
+    """The whole number `name` of the body, of which there need be none.
+
+    Raises:
+        InvalidInputError: it is not from 1 to `most`, or the body holds something else.
+    """
+    body = await read_json(request, max_bytes=_MAX_CHORE_BYTES, default=b"{}")
+    if not isinstance(body, dict) or body.keys() - {name}:
+        raise invalid([FieldError("body", f"must hold {name} or nothing")])
+    days = body.get(name)
+    if days is not None and not (type(days) is int and 1 <= days <= most):
+        raise invalid([FieldError(name, f"must be a whole number from 1 to {most}", most)])
+    return days
 
 
 def _chosen(asked: Options) -> dict[str, Any]:

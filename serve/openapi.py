@@ -91,6 +91,10 @@ class Route:
     """The media type of an answer without a model."""
     uploads: bool = False
     """Whether its body is a file of many texts."""
+    needs_body: bool = True
+    """Whether a body that has a model must be there."""
+    makes_job: bool = False
+    """Whether it makes a job, once for each idempotency key."""
 
     def options(self) -> dict[str, Any]:
         """What `FastAPI.add_api_route` takes."""
@@ -122,7 +126,7 @@ class Route:
             content: dict[str, Any] = {_JSON: {"schema": {"$ref": _REF.format(model=self.body.__name__)}}}
             if self.streams:
                 content[_NDJSON] = {"schema": {"type": "string", "examples": [_LINES_IN]}}
-            extra["requestBody"] = {"required": True, "content": content}
+            extra["requestBody"] = {"required": self.needs_body, "content": content}
         if self.uploads:
             kinds = {name: {"schema": {"type": "string", "examples": [text]}} for name, text in _UPLOADS.items()}
             extra["requestBody"] = {"required": True, "content": kinds}
@@ -138,7 +142,9 @@ class Route:
         if self.classifies:
             parameters += [_PACKED, _TIMEOUT]
         if self.uploads:
-            parameters += [_PACKED, _ONCE]
+            parameters.append(_PACKED)
+        if self.makes_job:
+            parameters.append(_ONCE)
         if parameters:
             extra["parameters"] = parameters
         if self.is_open:
@@ -281,6 +287,7 @@ ROUTES = (
             *_OPTIONS[:3],
         ),
         uploads=True,
+        makes_job=True,
     ),
     Route(
         "POST",
@@ -291,6 +298,7 @@ ROUTES = (
         answer=wire.Job,
         status=202,
         problems=(422, *_GUARDED),
+        makes_job=True,
     ),
     Route(
         "POST",
@@ -302,6 +310,26 @@ ROUTES = (
         answer=wire.Job,
         status=202,
         problems=(400, 408, 413, 415, 422, *_GUARDED),
+        makes_job=True,
+    ),
+    *(
+        Route(
+            "POST",
+            f"/jobs/{name}",
+            f"submit_{name}",
+            "jobs",
+            f"{summary}, in the background; needs the scope admin",
+            body=body,
+            answer=wire.Job,
+            status=202,
+            problems=(400, 408, 413, 415, 422, *_GUARDED),
+            needs_body=False,
+            makes_job=True,
+        )
+        for name, summary, body in (
+            ("rescoring", "Give stored posts predictions by the model that is served now", wire.RescoringRequest),
+            ("report", "Report what happened in the last days, in numbers", wire.ReportRequest),
+        )
     ),
     Route(
         "GET",

@@ -1,4 +1,4 @@
-"""Scoring a job chunk by chunk, and what keeps jobs going when processes and the broker do not.
+"""Scoring jobs chunk by chunk, and what keeps jobs going when processes and the broker do not.
 
 The texts are classified through the API, as a streamed batch: they go the bulk way of the batcher, behind whoever waits
 for an answer, and no consumer has an engine of its own. It knows neither Ray nor Celery.
@@ -21,15 +21,18 @@ from overtone import metrics
 from overtone.db import jobs
 from overtone.db.database import Database
 from overtone.db.jobs import ChunkName, Claim, Finished, Holders
-from overtone.errors import InvalidInputError, OvertoneError, UnauthorizedError, UnavailableError
+from overtone.errors import BundleError, InvalidInputError, OvertoneError, UnauthorizedError, UnavailableError
 from overtone.job_files import JobFolder, Row, ids_of, job_folders
 from overtone.logging import get_logger
 from serve.chores import CHORE
+from serve.rescoring import RESCORING, Rescorer
 
 SCORE = "score_chunk"
 """The task that does a chunk: the job's id and the chunk's number."""
 SCORING = "score"
-"""The kind of job that is done by it; every other is a chore."""
+"""The kind of job that has an upload and a result."""
+CHUNKED = frozenset({SCORING, RESCORING})
+"""The kinds that are done by that task; every other is a chore."""
 OPTIONS = ("top_k", "threshold", "long_text")
 """Options of a prediction that a job may have."""
 
@@ -105,9 +108,11 @@ class Scorer:
     holders: Holders = field(default_factory=Holders)
     patience_s: float = 60.0
     """How long an attempt waits for an API that is away, before the broker's own retries."""
+    pause_s: float = 0.5
+    """See `Rescorer`."""
 
     async def score(self, name: ChunkName, *, is_last_try: bool = False) -> Outcome:
-        """Score a chunk, unless that was done or is being done, or the job has ended.
+        """Do a chunk of a job of a kind in `CHUNKED`, unless that was done or is being done, or the job has ended.
 
         Raises:
             OvertoneError: it cannot be done now; on the last try, or if trying again cannot help, the job has failed.
@@ -117,9 +122,11 @@ class Scorer:
         if claim is None:
             metrics.JOB_CHUNKS.labels("skipped").inc()
             return "skipped"
+        is_rescoring = claim.kind == RESCORING
+        work = Rescorer(self.db, self._classified, self.pause_s).do if is_rescoring else self._score
         with self.holders.holding(holder):
             try:
-                state = await self._score(name, claim)
+                state = await work(name, claim)
             except Exception as error:
                 metrics.JOB_CHUNKS.labels("failed").inc()
                 await self._give_up(name, holder, error, is_last_try=is_last_try)
@@ -235,7 +242,7 @@ class Dispatcher:
         lost_after_s = self.lost_at_last_s if self.waiting else self.lost_after_s
         due = await jobs.due_chunks(self.db, window=self.window, lost_after_s=lost_after_s)
         for number, one in enumerate(due):
-            task = SCORE if one.kind == SCORING else CHORE
+            task = SCORE if one.kind in CHUNKED else CHORE
             try:
                 await asyncio.to_thread(self.queue.send, task, [str(one.name.job_id), one.name.number])
             except UnavailableError as error:
@@ -268,7 +275,7 @@ class Dispatcher:
 
 def is_hopeless(error: Exception) -> bool:
     """Whether trying again cannot help."""
-    return isinstance(error, InvalidInputError)
+    return isinstance(error, InvalidInputError | BundleError)
 
 
 def _shown(row: Row, answer: Mapping[str, Any]) -> Row:

@@ -394,13 +394,18 @@ class Job(BaseModel):
     job_id: str
     kind: str
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
-    done: Annotated[int, Field(description="Lines that were done.")]
-    failed: Annotated[int, Field(description="Of these, lines with an error.")]
-    total: Annotated[int, Field(description="Lines in all.")]
+    done: Annotated[int, Field(description="Lines of the upload, or stored posts, that were done.")]
+    failed: Annotated[int, Field(description="Of these, those with an error.")]
+    total: Annotated[int | None, Field(description="How many there are; null until a re-scoring has looked.")]
     progress: Annotated[float, Field(ge=0, le=1)]
     problems: Annotated[list[LineProblem], Field(description="Of the first 20 lines with an error.")]
     outcome: Annotated[
-        dict[str, Any] | None, Field(description="Of retention: what was dropped; of an erasure: the receipt.")
+        dict[str, Any] | None,
+        Field(
+            description="Of retention: what was dropped; of an erasure: the receipt; of a re-scoring: `model_version`, "
+            "posts `looked_at` and predictions `written`; of a report: its figures.",
+            examples=[{"model_version": "default-0123abcd", "looked_at": 120_000, "written": 45_000}],
+        ),
     ]
     error: Annotated[str | None, Field(description="Why a job has failed.")]
     created_at: datetime
@@ -416,6 +421,24 @@ class ErasureRequest(BaseModel):
 
     kind: Literal["post", "author"]
     id: Annotated[str, Field(pattern=r"^[0-9]{1,19}$")]
+
+
+class RescoringRequest(BaseModel):
+    """Which stored posts are to have predictions by the model that is served now."""
+
+    model_config = _examples({"since_days": 30}, {})
+
+    since_days: Annotated[
+        int | None, Field(ge=1, le=3650, description="Only posts made within so many days; left out: all.")
+    ] = None
+
+
+class ReportRequest(BaseModel):
+    """What a report is to be about."""
+
+    model_config = _examples({"days": 7}, {})
+
+    days: Annotated[int | None, Field(ge=1, le=90, description="So many days until now; left out: 7.")] = None
 
 
 class Jobs(BaseModel):

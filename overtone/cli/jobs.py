@@ -1,4 +1,4 @@
-"""`overtone jobs`: have files of texts classified in the background, through the API."""
+"""`overtone jobs`: what is done in the background, through the API: files of texts, stored posts, reports."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from overtone.settings import Settings
 
-app = typer.Typer(help="Files of texts, classified in the background.", no_args_is_help=True)
+app = typer.Typer(help="Work in the background: files of texts, stored posts, reports.", no_args_is_help=True)
 
 MEDIA = {
     ".ndjson": "application/x-ndjson",
@@ -76,6 +76,30 @@ def submit(  # noqa: PLR0913, PLR0917  (one argument an option)
     return _told(job, as_json=as_json, was_awaited=wait or output is not None)
 
 
+@app.command("rescore")
+def rescore(
+    since_days: Annotated[
+        int | None, typer.Option(min=1, max=3650, help="Only posts made within so many days [default: all].")
+    ] = None,
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> int:
+    """Give stored posts predictions by the model that is served now; see also `overtone rescore`."""
+    return _made("rescoring", {"since_days": since_days}, wait=wait, as_json=as_json)
+
+
+@app.command("report")
+def report(
+    days: Annotated[int, typer.Option(min=1, max=90, help="So many days until now.")] = 7,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", "-w", help="Wait for it; exit code 10 unless it is made.")
+    ] = True,
+    as_json: AsJson = False,
+) -> int:
+    """Tell in numbers what happened in the last days."""
+    return _made("report", {"days": days}, wait=wait, as_json=as_json)
+
+
 @app.command("list")
 def list_jobs(
     newest: Annotated[int, typer.Option("--newest", "-n", min=1, max=1000, help="How many.")] = 20,
@@ -91,12 +115,13 @@ def list_jobs(
         console.print_json(json.dumps(found))
         return 0
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column in ("job", "state", "done", "lines", "failed", "created"):
+    for column in ("job", "kind", "state", "done", "items", "failed", "created"):
         table.add_column(column)
     for job in found:
         done = f"{job['progress']:.0%}"
-        counts = f"{job['total']:,}", f"{job['failed']:,}"
-        table.add_row(job["job_id"], job["state"], done, *counts, job["created_at"][:19].replace("T", " "))
+        counts = "-" if job["total"] is None else f"{job['total']:,}", f"{job['failed']:,}"
+        created = job["created_at"][:19].replace("T", " ")
+        table.add_row(job["job_id"], job["kind"], job["state"], done, *counts, created)
     console.print(table)
     return 0
 
@@ -142,6 +167,14 @@ def delete(job: JobId) -> int:
         _asked(client, "DELETE", f"/jobs/{job}")
     Console().print("Deleted.")
     return 0
+
+
+def _made(name: str, body: dict[str, Any], *, wait: bool, as_json: bool) -> int:
+    given = {field: value for field, value in body.items() if value is not None}
+    with _client() as client:
+        job = _asked(client, "POST", f"/jobs/{name}", json=given, headers={"Idempotency-Key": uuid4().hex})
+        job = _await(client, job["job_id"]) if wait else job
+    return _told(job, as_json=as_json, was_awaited=wait)
 
 
 @contextmanager
@@ -199,7 +232,7 @@ def _await(client: "httpx.Client", job_id: str) -> dict[str, Any]:
     columns = (TextColumn("{task.fields[state]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     answered = time.monotonic()
     with Progress(*columns, console=_errors(), disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("scoring", total=None, state="queued")
+        bar = progress.add_task("working", total=None, state="queued")
         while True:
             try:
                 job = _asked(client, "GET", f"/jobs/{job_id}")
@@ -253,20 +286,36 @@ def _raise_for(response: "httpx.Response") -> None:
 
 def _told(job: dict[str, Any], *, as_json: bool, was_awaited: bool = False) -> int:
     from overtone.cli.exits import exit_code
+    from overtone.cli.report_table import report_table
     from overtone.errors import DataError
 
     console = Console()
     if as_json:
         console.print_json(json.dumps(job))
     else:
-        counts = f"{job['done']:,} of {job['total']:,} lines done, {job['failed']:,} with an error"
-        console.print(f"{job['job_id']}: {job['state']}, {counts}.", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{job['job_id']}: {_standing(job)}.", highlight=False, markup=False, soft_wrap=True)
         if job["error"]:
             console.print(job["error"], highlight=False, markup=False, soft_wrap=True)
         for one in job["problems"]:
             line = f"line {one['line']}, {one['field']}: {one['problem']}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if job["kind"] == "report" and job["outcome"]:
+            console.print(report_table(job["outcome"]))
     return exit_code(DataError()) if was_awaited and job["state"] != "succeeded" else 0
+
+
+def _standing(job: dict[str, Any]) -> str:
+    """The state of `job` and how far it is, in what it counts."""
+    kind, state = job["kind"], job["state"]
+    if kind not in {"score", "rescore"}:
+        return f"{kind} {state}"
+    if job["total"] is None:
+        return f"{state}, posts not counted yet"
+    things = "lines" if kind == "score" else "posts"
+    said = f"{state}, {job['done']:,} of {job['total']:,} {things} done, {job['failed']:,} with an error"
+    if kind == "rescore" and job["outcome"]:
+        said += f"; {job['outcome']['written']:,} predictions by {job['outcome']['model_version']} written"
+    return said
 
 
 def _require_new(output: Path | None) -> None:

@@ -6,8 +6,8 @@ that a task which is delivered twice, or a consumer that was only slow, changes 
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -47,6 +47,8 @@ class NewJob:
     """Of the first lines that are wrong: line, field and problem."""
     request_key: str | None = None
     """With `key_id` it names the request: the same again makes no other job."""
+    is_planned: bool = True
+    """Whether these are all its chunks; if not, the first one finds out about the others (`overtone.db.job_spans`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class Job:
     parameters: dict[str, Any]
     done: int
     failed: int
-    total: int
+    total: int | None
+    """None until it is planned."""
     problems: list[dict[str, Any]]
     outcome: dict[str, Any] | None
     """Of a job whose result is no file."""
@@ -124,6 +127,9 @@ class Claim:
     """This one counted."""
     kind: str
     parameters: dict[str, Any]
+    first_post_id: int | None = None
+    """Of the span of stored posts that the chunk is, if it is one; both ends are included."""
+    last_post_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +157,7 @@ async def create_job(db: Database, job: NewJob) -> tuple[Job, bool]:
             job.kind,
             job.key_id,
             orjson.dumps(dict(job.parameters)).decode(),
-            sum(job.chunks),
+            sum(job.chunks) if job.is_planned else None,
             orjson.dumps({"problems": list(job.problems)[:MAX_PROBLEMS]}).decode(),
             job.request_key,
         )
@@ -333,18 +339,35 @@ async def finish_chunk(
     Raises:
         DatabaseUnavailableError: the chunk is not counted, or the answer was lost; do it again.
     """
+    async with finishing(db, name) as connection:
+        if connection is None:
+            return None
+        await asyncio.to_thread(keep, await _erased(connection, done.ids))
+        return await count_chunk(connection, name, done)
+
+
+@asynccontextmanager
+async def finishing(db: Database, name: ChunkName) -> AsyncIterator[Connection | None]:
+    """A transaction that notes that the chunk is done; None if that was noted before, or its job has ended.
+
+    No erasure happens until it ends.
+
+    Raises:
+        DatabaseUnavailableError: nothing is noted, or the answer was lost; do it again.
+    """
     async with db.transaction() as connection:
         await keep_out_erasures(connection)
         state = await connection.fetchval("SELECT state FROM overtone.jobs WHERE job_id = $1 FOR UPDATE", name.job_id)
-        if state not in UNDER_WAY:
-            return None
-        if not await _close_chunk(connection, name):
-            return None
-        await asyncio.to_thread(keep, await _erased(connection, done.ids))
-        problems = orjson.dumps(list(done.problems)[:MAX_PROBLEMS]).decode()
-        counted: State = await connection.fetchval(
-            query("count_chunk"), name.job_id, done.items, done.failed, problems, MAX_PROBLEMS
-        )
+        is_ours = state in UNDER_WAY and await _close_chunk(connection, name)
+        yield connection if is_ours else None
+
+
+async def count_chunk(connection: Connection, name: ChunkName, done: Finished) -> State:
+    """Count a chunk of a job that is planned, in the transaction of `finishing`; the job's state then."""
+    problems = orjson.dumps(list(done.problems)[:MAX_PROBLEMS]).decode()
+    counted: State = await connection.fetchval(
+        query("count_chunk"), name.job_id, done.items, done.failed, problems, MAX_PROBLEMS
+    )
     return counted
 
 

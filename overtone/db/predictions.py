@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 
-from overtone.db.database import Database
+from overtone.db.database import Connection, Database
 from overtone.db.payload import json_text
 from overtone.db.queries import query
 from overtone.db.tombstones import keep_out_erasures
@@ -83,23 +83,30 @@ async def write_predictions(db: Database, rows: Sequence[tuple[int, Prediction]]
     """
     if not rows:
         return 0
-    ordered = sorted(rows, key=lambda row: (row[0], row[1].model_version))
-    ids = [post_id for post_id, _ in ordered]
     async with db.transaction() as connection:
         await keep_out_erasures(connection)
-        stored = await connection.fetch(
-            query("write_predictions"),
-            ids,
-            [storable(prediction.model_version) for _, prediction in ordered],
-            [storable(prediction.label) for _, prediction in ordered],
-            [prediction.confidence for _, prediction in ordered],
-            [json_text(prediction.scores) for _, prediction in ordered],
-            ids[0],
-            ids[-1],
-        )
-        if stored:
-            labels, numbers = zip(*((row["label"], row["count"]) for row in stored), strict=True)
-            await connection.execute(query("add_tallies"), "predictions", labels, numbers)
+        return await insert_predictions(connection, rows)
+
+
+async def insert_predictions(connection: Connection, rows: Sequence[tuple[int, Prediction]]) -> int:
+    """The same within a transaction of the caller, which keeps out erasures."""
+    if not rows:
+        return 0
+    ordered = sorted(rows, key=lambda row: (row[0], row[1].model_version))
+    ids = [post_id for post_id, _ in ordered]
+    stored = await connection.fetch(
+        query("write_predictions"),
+        ids,
+        [storable(prediction.model_version) for _, prediction in ordered],
+        [storable(prediction.label) for _, prediction in ordered],
+        [prediction.confidence for _, prediction in ordered],
+        [json_text(prediction.scores) for _, prediction in ordered],
+        ids[0],
+        ids[-1],
+    )
+    if stored:
+        labels, numbers = zip(*((row["label"], row["count"]) for row in stored), strict=True)
+        await connection.execute(query("add_tallies"), "predictions", labels, numbers)
     return sum(row["count"] for row in stored)
 
 

@@ -229,6 +229,8 @@ job_chunks = Table(
     Column("holder", Uuid, comment="The attempt that works on it."),
     Column("held_until", DateTime(timezone=True), comment="When its holder counts as dead unless it says more."),
     _instant("done_at", nullable=True),
+    Column("first_post_id", BigInteger, comment="Where the chunk is a span of stored posts: the first of them."),
+    Column("last_post_id", BigInteger, comment="The last of them."),
     Index("ix_job_chunks_open", "job_id", "number", postgresql_where=text("done_at IS NULL")),
     comment="What of a job is done. The broker only says who works next: what it loses is queued again from here.",
 )
