@@ -347,7 +347,7 @@ async def finish_chunk(
 
 
 @asynccontextmanager
-async def finishing(db: Database, name: ChunkName) -> AsyncIterator[Connection | None]:
+async def finishing(db: Database, name: ChunkName) -> "AsyncIterator[Connection | None]":
     """A transaction that notes that the chunk is done; None if that was noted before, or its job has ended.
 
     No erasure happens until it ends.
