@@ -75,8 +75,8 @@ class World:
         return answer.json()
 
     async def work(self) -> None:
-        """Do all that is due."""
-        while await self.dispatcher.step():
+        """Do all that waits or is due."""
+        while self.queue.tasks or await self.dispatcher.step():
             while self.queue.tasks:
                 await self.scorer.score(self.queue.tasks.popleft())
 
