@@ -54,4 +54,4 @@ def _said_of_feedback(found: Mapping[str, Any]) -> str:
 
 
 def _counts(found: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in found.items()) or "none"
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(found.items())) or "none"

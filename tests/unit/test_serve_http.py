@@ -442,7 +442,8 @@ async def test_openapi_tells_bodies_answers_and_errors(api: Api) -> None:
     assert {path for path in schema["paths"] if not path.startswith("/v2")} == {
         "/predict", "/predict/batch", "/models", "/stats", "/health", "/ready", "/metrics", "/sign-in", "/session",
         "/posts/{post_id}", "/authors/{author_id}", "/feedback",
-        "/jobs", "/jobs/retention", "/jobs/erasure", "/jobs/{job_id}", "/jobs/{job_id}/result",
+        "/jobs", "/jobs/retention", "/jobs/erasure", "/jobs/rescoring", "/jobs/report",
+        "/jobs/{job_id}", "/jobs/{job_id}/result",
         "/jobs/{job_id}/cancel", "/jobs/{job_id}/resume",
     }  # fmt: skip
 

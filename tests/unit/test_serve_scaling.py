@@ -76,3 +76,35 @@ def test_consumers_follow_the_length_of_the_queue_within_bounds() -> None:
     assert scale_by_queue(context) == (3, {})
     context.aggregated_metrics = {}
     assert scale_by_queue(context) == (2, {})
+    context.aggregated_metrics = None
+    assert scale_by_queue(context) == (2, {})
+
+
+def test_the_policy_of_consumers_over_a_night_of_work() -> None:
+    context = SimpleNamespace(
+        aggregated_metrics={}, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=8, target_num_replicas=1
+    )
+    wanted = []
+    for waiting in (0, 1, 16, 17, 63, 64, 65, 127, 128, 129, 640, 100, 48, 16, 0):
+        # Each consumer that there is tells the length it saw last; one of them has not looked for a while.
+        seen = {f"c{number}": float(waiting) for number in range(context.target_num_replicas)} | {"late": 0.0}
+        context.aggregated_metrics = {"queue_length": seen}
+        context.target_num_replicas, _ = scale_by_queue(context)
+        wanted.append(context.target_num_replicas)
+
+    assert wanted == [1, 1, 1, 2, 4, 4, 5, 8, 8, 8, 8, 7, 3, 1, 1]
+
+
+def test_consumers_keep_to_the_bounds_that_serve_has_adjusted() -> None:
+    context = SimpleNamespace(
+        aggregated_metrics={"queue_length": {"a": 500.0}},
+        capacity_adjusted_min_replicas=0,
+        capacity_adjusted_max_replicas=3,
+        target_num_replicas=1,
+    )
+
+    assert scale_by_queue(context) == (3, {})
+    context.aggregated_metrics = {"queue_length": {"a": 0.0}}
+    assert scale_by_queue(context) == (0, {})
+    context.capacity_adjusted_min_replicas = 2
+    assert scale_by_queue(context) == (2, {})
