@@ -329,7 +329,7 @@ async def test_the_commands_wait_and_show_what_came_of_it(world: World, tmp_path
     assert (code, "report queued." in said) == (0, True)
     code, said = await command(world, tmp_path, secret, "list")
     assert (code, said.count(" report "), said.count(" rescore ")) == (0, 3, 1)
-    code, said = await command(world, tmp_path, secret, "report", "--days", "91")
-    assert (code, "91" in said) == (2, True)
+    code, _ = await command(world, tmp_path, secret, "report", "--days", "91")
+    assert code == 2
     code, said = await command(world, tmp_path, world.secret, "report")
     assert (code, "admin" in said) == (4, True)
