@@ -128,10 +128,11 @@ def pack_rows(model: Any) -> int:
     if not attentions or any(node.domain or len(node.input) < 7 for node in attentions):
         return 0
     made_by = {output: node for node in graph.node for output in node.output}
+    fixed = _fixed(graph)
     source = attentions[0].input[0]
     while source in made_by and made_by[source].op_type in _TOKENWISE:
-        source = made_by[source].input[0]
-    packing = _Packing(constants, width=_width(attentions[0], constants, made_by))
+        source = _followed(made_by[source], fixed)
+    packing = _Packing(constants, width=_width(attentions[0], constants, fixed, made_by))
     packed = {source: f"{source}_packed"}
     nodes: list[Any] = []
     for node in graph.node:
@@ -143,7 +144,7 @@ def pack_rows(model: Any) -> int:
             packing.pack(node.output[0], packed[node.output[0]], nodes)
             continue
         is_tokenwise = node.op_type in _TOKENWISE and all(
-            name in packed or name in constants or not name for name in node.input
+            name in packed or name in fixed or not name for name in node.input
         )
         for place, name in enumerate(node.input):
             if name in packed:
@@ -159,11 +160,25 @@ def pack_rows(model: Any) -> int:
     return len(attentions)
 
 
-def _width(attention: Any, constants: "_Constants", made_by: Mapping[str, Any]) -> int:
+def _fixed(graph: Any) -> set[str]:
+    """The names of what is the same for every batch: an exporter keeps constants that are alike once, by `Identity`."""
+    fixed = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" or (node.op_type == "Identity" and node.input[0] in fixed):
+            fixed.update(node.output)
+    return fixed
+
+
+def _followed(node: Any, fixed: set[str]) -> str:
+    """The input of `node` that differs between batches: a sum may name its constant first."""
+    return next((str(name) for name in node.input if name not in fixed), str(node.input[0]))
+
+
+def _width(attention: Any, constants: "_Constants", fixed: set[str], made_by: Mapping[str, Any]) -> int:
     """Of the tokens that go into `attention`: the columns of the matrix that makes its first input."""
     name = attention.input[0]
     while not (made_by[name].op_type in _PRODUCTS and made_by[name].input[1] in constants):
-        name = made_by[name].input[0]
+        name = _followed(made_by[name], fixed)
     return int(constants[made_by[name].input[1]].shape[1])
 
 

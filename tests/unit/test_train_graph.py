@@ -105,6 +105,26 @@ def test_packed_rows_give_the_same_scores(fused: onnx.ModelProto, tmp_path: Path
     np.testing.assert_allclose(_run(model, others, MASK), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_rows_are_packed_where_a_sum_names_its_constant_first(fused: onnx.ModelProto, is_shared: bool) -> None:
+    """As exporters write biases; those of a fresh model are all alike, kept once, and read by an `Identity`."""
+    constant = numpy_helper.from_array(np.full(HIDDEN, 0.25, dtype=np.float32), "offset")
+    fused.graph.initializer.append(constant)
+    name = "shared" if is_shared else "offset"
+    attention = next(node for node in fused.graph.node if node.op_type == "Attention")
+    place = list(fused.graph.node).index(attention)
+    attention.input[0] = "moved"
+    fused.graph.node.insert(place, helper.make_node("Add", [name, "x"], ["moved"]))
+    if is_shared:
+        fused.graph.node.insert(0, helper.make_node("Identity", ["offset"], [name]))
+    split_attention(fused)
+    expected = _run(fused, IDS, MASK)
+    assert pack_rows(fused) == 1
+    np.testing.assert_allclose(_run(fused, IDS, MASK), expected, atol=1e-6)
+    packed = {output for node in fused.graph.node for output in node.output if output.endswith("_packed")}
+    assert "moved_packed" in packed
+
+
 def test_rows_are_not_packed_around_attention_that_knows_no_lengths(fused: onnx.ModelProto) -> None:
     before = fused.SerializeToString()
     assert pack_rows(fused) == 0
