@@ -16,7 +16,7 @@ from overtone.errors import ConfigurationError, OvertoneError
 from overtone.logging import configure
 from overtone.settings import Settings, load_settings
 from train.config import TrainConfig, load_config
-from train.data import Split, build_split
+from train.data import Split, build_split, read_labelled
 from train.feedback import read_feedback, require_not_erased
 from train.sources import Finding, read_rows, report
 
@@ -68,6 +68,9 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
         configure("train", settings.log_level, settings.log_format)
         assignments = [*(assign or []), *([f"optimiser.seed={seed}"] if seed is not None else [])]
         chosen = load_config(config, settings, assignments)
+        if gate:
+            # What is wrong with them is told before hours of training, not after.
+            read_labelled(gate, chosen.data.labels)
         name = run_name or f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
         where = storage or str(settings.home / "runs")
         job = _Job(chosen, settings, console, (train, validation, output), with_feedback=from_feedback)

@@ -198,7 +198,9 @@ def decide_and_promote(
         if decision.promotes:
             is_served = _promote(settings, ours.path)
             later = (
-                () if is_served else (f"nothing is served in {settings.home} now: it is served from the next start",)
+                ()
+                if is_served
+                else (f"nothing is served in {settings.home}: the next start serves it, or `overtone k8s follow`",)
             )
             decision = replace(decision, carried_out=True, reasons=(*decision.reasons, *later))
     except OvertoneError as error:

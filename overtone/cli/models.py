@@ -84,7 +84,7 @@ def order(settings: Settings, change: Change, console: Console, *, is_dry_run: b
         if is_up:
             _carry_out(settings, old, new)
     state = "checked, nothing changed" if is_dry_run else "done" if is_up else "takes effect at the next start"
-    registered = None if is_dry_run or new.champion == old.champion else _follow(settings, new)
+    registered = None if is_dry_run or new.champion == old.champion else _follow(settings, new, is_up=is_up)
     if as_json:
         console.print_json(json.dumps({"state": state, "rollout": asdict(new), "registry": registered}))
         return 0
@@ -119,9 +119,10 @@ def pull(settings: Settings, name: str, console: Console, *, as_json: bool) -> i
     return 0
 
 
-def _follow(settings: Settings, new: Rollout) -> str | None:
+def _follow(settings: Settings, new: Rollout, *, is_up: bool) -> str | None:
     """Move the aliases of the registry to what is served now; what became of that, for people.
 
+    Where nothing is served, as in a training pod, the home does not know which champion was before; the registry does.
     Serving comes first: replicas have swapped already, so a registry that is away is told and fails nothing.
     """
     if not is_in_use(settings):
@@ -129,7 +130,10 @@ def _follow(settings: Settings, new: Rollout) -> str | None:
     champion = _bundle(settings, new.champion).version
     previous = _bundle(settings, new.previous).version if new.has_previous else None
     try:
-        found = Registry(settings).follow(champion, previous)
+        registry = Registry(settings)
+        before = None if is_up else registry.find("champion")
+        previous = before.bundle_version if before and before.bundle_version != champion else previous
+        found = registry.follow(champion, previous)
     except OvertoneError as error:
         return f"its aliases were not moved: {error.message}"
     return f"version {found.version} is the champion" if found else f"{champion} is not in it; it has no champion now"

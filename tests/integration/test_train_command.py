@@ -177,6 +177,7 @@ def test_data_that_cannot_be_used_stops_before_training_with_a_report(
     [
         (["--set", "optimiser.epochs=0"], 2, "optimiser.epochs"),
         (["--set", "model.name=minilm", "--train", "nowhere.tsv"], 1, "nowhere.tsv: cannot be read"),
+        (["--gate", "nowhere.tsv"], 1, "nowhere.tsv: cannot be read"),
         (["--output", "docs"], 1, "holds something else than a bundle"),
     ],
 )

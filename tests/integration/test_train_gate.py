@@ -85,9 +85,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(home: Path, *arguments: str, store: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = environment_for(load_settings(overtone_home=home), LOG_LEVEL="ERROR", LOG_FORMAT="json")
     environment.pop("MLFLOW_TRACKING_URI", None)
+    environment |= {"MLFLOW_TRACKING_URI": store} if store else {}
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
@@ -142,6 +143,19 @@ def test_a_worse_challenger_stays_one_with_the_reasons_on_record(
     assert found.tags["gate"] == "kept the champion"
     assert "does not lie above" in found.tags["gate_reasons"]
     assert decisions(settings, found.run_id)[-1]["carried_out"] is False
+
+
+def test_a_pod_that_serves_nothing_names_the_champion_before(
+    settings: Settings, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    """As after a training run on a cluster: the home is new, the registry is not."""
+    registry = Registry(settings)
+    registry.follow(bundles["worse"].version, None)
+    pod = tmp_path / "pod"
+    ordered = run(pod, "overtone.cli", "models", "promote", str(bundles["better"].path), store=tracking_uri(settings))
+    assert ordered.returncode == 0, ordered.stderr
+    assert registry.resolve("champion").version == "2"
+    assert registry.resolve("previous").version == "1"
 
 
 def test_pull_prints_a_folder_that_can_be_served(home: Path, bundles: dict[str, Bundle]) -> None:
