@@ -26,7 +26,7 @@ COPY configs/ configs/
 
 FROM runtime AS cpu
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels --mount=type=cache,target=/root/.cache/pip \
-    sh /usr/local/lib/overtone/install.sh /wheels /opt/overtone "kube,archive,secrets"
+    sh /usr/local/lib/overtone/install.sh /wheels /opt/overtone "kube,archive,secrets,registry"
 USER 1000:1000
 EXPOSE 8000
 STOPSIGNAL SIGTERM

@@ -3,37 +3,54 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
-import yaml
+import httpx
 
 from kuberay.api import KubeApi
 from kuberay.build import Document
+from kuberay.champion import DEFAULT, NOTE, WITHDRAWN, Champion, Note, note_of
 from kuberay.rules import problems
+from kuberay.spec import (
+    HISTORY,
+    Patch,
+    annotated,
+    annotation,
+    content_of,
+    image_of,
+    live_options,
+    remembered,
+    renumbered,
+    with_bundle,
+    with_image,
+    with_live_bundle,
+)
 from kuberay.states import State, active_cluster, is_waited_for, pending_cluster, state_of
 from overtone.errors import (
     ClusterConflictError,
     ClusterError,
     ClusterTimeoutError,
+    ClusterUnavailableError,
     ManifestError,
     NotFoundError,
     OvertoneError,
     RolloutError,
+    UnauthorizedError,
 )
 
 RAY = "ray.io/v1"
-HISTORY = "overtone/before-rollout"
-"""Annotation of the RayService: what the last rollout replaced, as JSON."""
 
 _CONFLICT_TRIES = 8
 _LOOKS = 8
+_ASK_TIMEOUT_S = 10.0
 _KEPT = {"Namespace", "PersistentVolumeClaim", "PriorityClass", "Cluster", "ObjectStore"}
 """What `delete` leaves: data, and what others may use."""
+_SERVED = ("serveConfigV2", "upgradeStrategy", "suspend")
+"""Of the spec: what says which bundle is served."""
 _ORDER = ("Namespace", "PriorityClass", "ServiceAccount", "Role", "SecretStore", "ExternalSecret", "ConfigMap")
-
-Patch = dict[str, Any]
 
 Seen = Callable[[State], None]
 """Told of every state that is seen while something is waited for."""
@@ -63,9 +80,20 @@ class Change:
 class Stack:
     """Overtone in one namespace of one cluster."""
 
-    def __init__(self, api: KubeApi, *, namespace: str = "overtone", name: str = "overtone") -> None:
+    def __init__(
+        self,
+        api: KubeApi,
+        *,
+        namespace: str = "overtone",
+        name: str = "overtone",
+        replicas_url: str | None = None,
+        key_header: str = "X-API-Key",
+    ) -> None:
+        """`replicas_url` is where the API is asked what it serves; without one, through the Kubernetes API."""
         self._api = api
         self._namespace = namespace
+        self._replicas_url = replicas_url
+        self._key_header = key_header
         self._service_stub: Document = {
             "apiVersion": RAY,
             "kind": "RayService",
@@ -157,34 +185,96 @@ class Stack:
         """Let go of all nodes, or take them back."""
         return self._change(lambda _: {"spec": {"suspend": suspended}}, dry_run=dry_run)
 
-    def roll_bundle(self, bundle: str | None, patience: Patience, seen: Seen, *, api_key: str | None) -> bool:
+    def roll_bundle(
+        self, bundle: str | None, patience: Patience, seen: Seen, *, api_key: str | None, dry_run: bool = False
+    ) -> bool:
         """Serve the bundle in the folder `bundle` (None: the default one); whether replicas were asked, by `api_key`.
 
         Raises:
             RolloutError: it failed; what was served before is served again.
             ClusterTimeoutError: it was not seen to succeed in time; what was served before is ordered again.
         """
-        wanted = 0
-
-        def change(service: Document) -> Patch:
-            nonlocal wanted
-            config = yaml.safe_load(service["spec"]["serveConfigV2"])
-            live = config["applications"][0]["deployments"][0].setdefault("user_config", {})
-            wanted = int(live.get("revision") or 0) + 1
-            live.update(bundle=bundle, challenger=None, shadow=0.0, canary=0.0, revision=wanted)
-            return {"spec": {"serveConfigV2": yaml.safe_dump(config, sort_keys=False)}} | _remember(service)
-
         before = self.service()
-        self._change(change)
-        try:
-            self._settle(patience, seen)
-            if api_key:
-                self._require_served(wanted, bundle, api_key, time.monotonic() + patience.timeout_s, seen)
-        except (RolloutError, ClusterTimeoutError) as error:
-            self._put_back(before, patience, seen, error)
+        wanted = self._order(bundle, dry_run=dry_run)
+        if not dry_run:
+            self._conclude(_Order(bundle, wanted, before), patience, seen, api_key)
         return bool(api_key)
 
-    def roll_cluster(self, image: str | None, patience: Patience, seen: Seen, *, force: bool = False) -> None:
+    def roll_champion(
+        self,
+        champion: Champion,
+        decided_on: Document,
+        patience: Patience,
+        seen: Seen,
+        *,
+        api_key: str,
+        dry_run: bool = False,
+    ) -> None:
+        """As `roll_bundle`, and write down what becomes of `champion`; `decided_on` is the RayService as it was judged.
+
+        Raises:
+            ClusterError: what is served was changed since; nothing is ordered.
+        """
+        previous = live_options(decided_on).get("bundle")
+        note = Note(champion.version, champion.folder, "started", _now(), previous=previous)
+
+        def require_unchanged(service: Document) -> None:
+            same = all(annotation(service, name) == annotation(decided_on, name) for name in (NOTE, WITHDRAWN))
+            both = service["spec"], decided_on["spec"]
+            if not same or any(both[0].get(name) != both[1].get(name) for name in _SERVED):
+                raise ClusterError("What is served was changed meanwhile; nothing was ordered.")
+
+        wanted = self._order(champion.folder, note=note, check=require_unchanged, dry_run=dry_run)
+        if not dry_run:
+            self._conclude(_Order(champion.folder, wanted, decided_on, note), patience, seen, api_key)
+
+    def finish_champion(self, patience: Patience, seen: Seen, *, api_key: str) -> Note:
+        """Wait for the rollout that a note says was started, as the one who began it would have.
+
+        Raises:
+            RolloutError, ClusterTimeoutError: as `roll_bundle`.
+        """
+        service = self.service()
+        note = note_of(service)
+        if note is None:
+            raise NotFoundError("No rollout of a champion was started.")
+        before = deepcopy(service)
+        before["spec"]["serveConfigV2"] = with_bundle(service, note.previous)
+        order = _Order(note.folder, int(live_options(service).get("revision") or 0), before, note)
+        self._conclude(order, patience, seen, api_key)
+        return note
+
+    def note(self, note: Note) -> None:
+        """Remember what became of a champion that was not ordered."""
+        self._change(lambda _: annotated({NOTE: note.as_annotation()}))
+
+    def ask_replica(self, api_key: str) -> Document:
+        """What one replica says that it serves: the answer of `GET /models`.
+
+        Raises:
+            ClusterUnavailableError: none answers.
+            UnauthorizedError: it does not take the key.
+        """
+        headers = {self._key_header: api_key}
+        if self._replicas_url is None:
+            name = self._service_stub["metadata"]["name"]
+            found: Document = self._api.ask_service(f"{name}-serve-svc:8000", self._namespace, "models", headers)
+            return found
+        url = f"{self._replicas_url.rstrip('/')}/models"
+        try:
+            answer = httpx.get(url, headers=headers, timeout=_ASK_TIMEOUT_S, trust_env=False)
+        except httpx.HTTPError as error:
+            raise ClusterUnavailableError(f"{url} does not answer: {type(error).__name__}.") from error
+        if answer.status_code in {httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN}:
+            raise UnauthorizedError(f"{url} does not take OVERTONE_API_KEY, or the key may not `read`.")
+        if answer.status_code != httpx.codes.OK:
+            raise ClusterUnavailableError(f"{url} answers with status {answer.status_code}.")
+        told: Document = answer.json()
+        return told
+
+    def roll_cluster(
+        self, image: str | None, patience: Patience, seen: Seen, *, force: bool = False, dry_run: bool = False
+    ) -> None:
         """Replace the Ray cluster by one with `image` (None: by one of the spec as it is), without a lost request.
 
         Raises:
@@ -199,15 +289,17 @@ class Stack:
             raise ClusterError(f"Training runs on {old}: {', '.join(running)}. Wait for it, or give --force to end it.")
 
         def change(service: Document) -> Patch:
-            cluster = _with_image(service["spec"]["rayClusterConfig"], image) if image else {}
+            cluster = with_image(service["spec"]["rayClusterConfig"], image) if image else {}
             # A marker in the head's annotations makes it another cluster even where nothing else differs.
             cluster.setdefault("headGroupSpec", deepcopy(service["spec"]["rayClusterConfig"]["headGroupSpec"]))
             labels = cluster["headGroupSpec"]["template"].setdefault("metadata", {}).setdefault("annotations", {})
             labels["overtone/rollout"] = service["metadata"]["resourceVersion"]
             spec = {"upgradeStrategy": {"type": "NewCluster"}, "rayClusterConfig": cluster}
-            return {"spec": spec} | _remember(service)
+            return {"spec": spec} | remembered(service)
 
-        self._change(change)
+        self._change(change, dry_run=dry_run)
+        if dry_run:
+            return
         deadline = time.monotonic() + patience.timeout_s
 
         def has_taken_over(service: Document) -> bool:
@@ -226,16 +318,21 @@ class Stack:
             NotFoundError: there was no rollout.
         """
         service = self.service()
-        kept = (service["metadata"].get("annotations") or {}).get(HISTORY)
+        kept = annotation(service, HISTORY)
         if not kept:
             raise NotFoundError("There is no rollout to take back.")
         past = json.loads(kept)
-        if past["image"] != _image(service):
+        if past["image"] != image_of(service):
             self.roll_cluster(past["image"], patience, seen)
         if past["serveConfigV2"] != service["spec"]["serveConfigV2"]:
-            self._change(
-                lambda now: {"spec": {"serveConfigV2": _renumbered(past["serveConfigV2"], now)}} | _remember(service)
-            )
+
+            def change(now: Document) -> Patch:
+                left, taken = (live_options(each).get("bundle") for each in (now, {"spec": past}))
+                marks = {} if left == taken else {WITHDRAWN: left or DEFAULT}
+                spec = {"serveConfigV2": renumbered(past["serveConfigV2"], now)}
+                return {"spec": spec} | remembered(now, marks)
+
+            self._change(change)
             self._settle(patience, seen)
 
     def train(self, name: str, entrypoint: str, *, dry_run: bool = False) -> Document:
@@ -291,7 +388,7 @@ class Stack:
 
     def _apply(self, document: Document, *, dry_run: bool) -> Change:
         before = self._api.find(document)
-        sent = _with_live_bundle(document, before) if document["kind"] == "RayService" and before else document
+        sent = with_live_bundle(document, before) if document["kind"] == "RayService" and before else document
         try:
             after = self._api.apply(sent, dry_run=dry_run)
         except ClusterError as error:
@@ -300,7 +397,7 @@ class Stack:
                 raise
             self._api.delete(document)
             after = self._api.apply(sent)
-        same = before is not None and _content(before) == _content(after)
+        same = before is not None and content_of(before) == content_of(after)
         action = "created" if before is None else "unchanged" if same else "changed"
         return Change(document["kind"], document["metadata"]["name"], action, before, after)
 
@@ -347,14 +444,51 @@ class Stack:
             raise RolloutError(f"{name}: {state.message}")
         raise ClusterTimeoutError(f"{name} was not ready in time: {state.message}.")
 
-    def _require_served(self, revision: int, bundle: str | None, api_key: str, deadline: float, seen: Seen) -> None:
-        """Ask replicas until all that answer serve `revision`."""
+    def _order(
+        self,
+        bundle: str | None,
+        *,
+        note: Note | None = None,
+        check: Callable[[Document], None] = lambda _: None,
+        dry_run: bool = False,
+    ) -> int:
+        """Order `bundle`; the revision that replicas have when they carried it out. `check` sees what is changed."""
+        wanted = 0
+
+        def change(service: Document) -> Patch:
+            nonlocal wanted
+            check(service)
+            wanted = int(live_options(service).get("revision") or 0) + 1
+            marks: dict[str, str | None] = {NOTE: note.as_annotation()} if note else {}
+            if annotation(service, WITHDRAWN) == (bundle or DEFAULT):
+                marks[WITHDRAWN] = None
+            return {"spec": {"serveConfigV2": with_bundle(service, bundle)}} | remembered(service, marks)
+
+        self._change(change, dry_run=dry_run)
+        return wanted
+
+    def _conclude(self, order: "_Order", patience: Patience, seen: Seen, api_key: str | None) -> None:
+        """Wait until what was ordered is served, or order what was before."""
+        try:
+            self._settle(patience, seen)
+            if api_key:
+                self._require_served(order, api_key, time.monotonic() + patience.timeout_s, seen)
+        except (RolloutError, ClusterTimeoutError) as error:
+            self._put_back(order.before, patience, seen, error, order=order)
+        note = order.note
+        if note:
+            served = replace(note, state="served", at=_now())
+            self._change(lambda now: annotated({NOTE: served.as_annotation()}) if note_of(now) == note else {})
+
+    def _require_served(self, order: "_Order", api_key: str, deadline: float, seen: Seen) -> None:
+        """Ask replicas until all that answer serve what was ordered."""
         name = self._service_stub["metadata"]["name"]
+        bundle, revision = order.bundle, order.revision
         while True:
-            answers = [
-                self._api.ask_service(f"{name}-serve-svc:8000", self._namespace, "models", {"X-API-Key": api_key})
-                for _ in range(_LOOKS)
-            ]
+            answers = []
+            # A replica that leaves, or the Kubernetes API, may be away for a moment: what counts is the deadline.
+            with suppress(ClusterUnavailableError):
+                answers += [self.ask_replica(api_key) for _ in range(_LOOKS)]
             for answer in answers:
                 refused = answer.get("refused") or []
                 if answer["revision"] == revision and bundle and answer["champion"]["folder"] != bundle and refused:
@@ -367,17 +501,34 @@ class Stack:
                 raise ClusterTimeoutError(f"Not every replica serves revision {revision}.")
             time.sleep(1.0)
 
-    def _put_back(self, before: Document, patience: Patience, seen: Seen, error: OvertoneError) -> None:
-        spec = before["spec"]
-        self._change(
-            lambda now: {
-                "spec": {
-                    "serveConfigV2": _renumbered(spec["serveConfigV2"], now),
-                    "rayClusterConfig": spec["rayClusterConfig"],
-                    "upgradeStrategy": {"type": "None"},
-                }
-            }
-        )
+    def _put_back(
+        self,
+        before: Document,
+        patience: Patience,
+        seen: Seen,
+        error: OvertoneError,
+        *,
+        order: "_Order | None" = None,
+    ) -> None:
+        """Order what was before; of an `order` for a bundle, only if nobody ordered something else meanwhile."""
+        spec, note = before["spec"], order.note if order else None
+        refused = replace(note, state="refused", at=_now(), reason=error.message) if note else None
+        marks = {NOTE: refused.as_annotation()} if refused else {}
+        is_ours = True
+
+        def change(now: Document) -> Patch:
+            nonlocal is_ours
+            is_ours = order is None or live_options(now).get("revision") == order.revision
+            if not is_ours:
+                return annotated(marks) if note and note_of(now) == note else {}
+            changed: Patch = {"serveConfigV2": renumbered(spec["serveConfigV2"], now)}
+            if order is None:
+                changed |= {"rayClusterConfig": spec["rayClusterConfig"], "upgradeStrategy": {"type": "None"}}
+            return {"spec": changed} | annotated(marks)
+
+        self._change(change)
+        if not is_ours:
+            raise type(error)(f"{error.message} Something else was ordered meanwhile, and stays.") from error
         try:
             self._settle(patience, seen)
         except ClusterError as second:
@@ -385,49 +536,17 @@ class Stack:
         raise type(error)(f"{error.message} What was served before is served again.") from error
 
 
-def _remember(service: Document) -> Patch:
-    kept = json.dumps({"serveConfigV2": service["spec"]["serveConfigV2"], "image": _image(service)})
-    return {"metadata": {"annotations": {HISTORY: kept}}}
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A bundle that was ordered."""
+
+    bundle: str | None
+    revision: int
+    before: Document
+    """The RayService as it was."""
+    note: Note | None = None
+    """What is written down of it, if it is a champion."""
 
 
-def _image(service: Document) -> str:
-    head = service["spec"]["rayClusterConfig"]["headGroupSpec"]
-    return str(head["template"]["spec"]["containers"][0]["image"])
-
-
-def _with_image(cluster: Document, image: str) -> Document:
-    """The groups of `cluster` with `image`; those on CUDA with its variant for CUDA."""
-    head, groups = deepcopy(cluster["headGroupSpec"]), deepcopy(cluster.get("workerGroupSpecs") or [])
-    for group in (head, *groups):
-        pod = group["template"]["spec"]
-        for container in (*pod["containers"], *pod.get("initContainers", [])):
-            container["image"] = image + ("-cuda" if container["image"].endswith("-cuda") else "")
-    return {"headGroupSpec": head, "workerGroupSpecs": groups}
-
-
-def _renumbered(config: str, now: Document) -> str:
-    """`config` with a revision above that of `now`: a canary that was taken back must be able to begin again."""
-    past, present = yaml.safe_load(config), yaml.safe_load(now["spec"]["serveConfigV2"])
-    live = present["applications"][0]["deployments"][0].get("user_config") or {}
-    number = int(live.get("revision") or 0) + 1
-    past["applications"][0]["deployments"][0].setdefault("user_config", {})["revision"] = number
-    return yaml.safe_dump(past, sort_keys=False)
-
-
-def _with_live_bundle(document: Document, before: Document) -> Document:
-    """`document` with what `before` serves by a rollout: deploying again does not undo it."""
-    if HISTORY not in (before["metadata"].get("annotations") or {}):
-        return document
-    sent = deepcopy(document)
-    config, present = (yaml.safe_load(each["spec"]["serveConfigV2"]) for each in (sent, before))
-    live = present["applications"][0]["deployments"][0].get("user_config")
-    config["applications"][0]["deployments"][0]["user_config"] = live
-    sent["spec"]["serveConfigV2"] = yaml.safe_dump(config, sort_keys=False)
-    return sent
-
-
-def _content(document: Document) -> Document:
-    """`document` less what the server and controllers write into every object."""
-    metadata = document["metadata"]
-    kept = {key: metadata[key] for key in ("name", "namespace", "labels", "annotations") if metadata.get(key)}
-    return {key: value for key, value in document.items() if key not in {"metadata", "status"}} | {"metadata": kept}
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

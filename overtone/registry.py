@@ -68,7 +68,7 @@ def import_mlflow() -> Any:
     try:
         import mlflow
     except ImportError as error:
-        raise EnvironmentProblemError(f"{error.name} is not installed; pip install 'overtone[train]'") from None
+        raise EnvironmentProblemError(f"{error.name} is not installed; pip install 'overtone[registry]'") from None
     return mlflow
 
 
@@ -91,15 +91,15 @@ def mlflow_errors(what: str) -> Iterator[None]:
 class Registry:
     """The versions of the model `MLFLOW_MODEL_NAME`. Blocks; every call may raise `UnavailableError`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Open the registry.
+    def __init__(self, settings: Settings, *, bundles: Path | None = None) -> None:
+        """Open the registry; `bundles` is where fetched bundles go [default: `OVERTONE_HOME/bundles`].
 
         Raises:
             EnvironmentProblemError: MLflow is not installed.
         """
         self._mlflow = import_mlflow()
         self._uri = tracking_uri(settings)
-        self._bundles = settings.home / "bundles"
+        self._bundles = bundles or settings.home / "bundles"
         self.name = settings.mlflow_model_name
         if not settings.mlflow_tracking_uri:
             local_store(settings.home).mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -144,13 +144,17 @@ class Registry:
         ]
         return sorted(versions, key=lambda one: int(one.version), reverse=True)
 
+    def folder_of(self, wanted: Registered) -> Path:
+        """Where `fetch` puts the bundle of `wanted`: a folder that is named after its version."""
+        return self._bundles / (wanted.bundle_version or f"{self.name}-{wanted.version}")
+
     def fetch(self, wanted: Registered) -> Bundle:
-        """The bundle of `wanted`, in a folder of `OVERTONE_HOME/bundles` that is named after it.
+        """The bundle of `wanted`, in the folder `folder_of` says.
 
         Raises:
             BundleError: what the registry holds is not a bundle that loads.
         """
-        target = self._bundles / (wanted.bundle_version or f"{self.name}-{wanted.version}")
+        target = self.folder_of(wanted)
         if not target.is_dir():
             self._bundles.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self._bundles) as scratch:

@@ -168,6 +168,7 @@ def rollout(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace it even if training runs, which ends.")] = False,
     timeout: Timeout = "15m",
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> int:
     """Roll out a bundle in place, or an image on a second cluster; what fails is taken back (exit code 14)."""
@@ -180,13 +181,53 @@ def rollout(
     key = secret.get_secret_value() if secret else None
     with _stack() as stack, _watching(as_json) as seen:
         if bundle is None:
-            stack.roll_cluster(image, _patience(timeout), seen, force=force)
+            stack.roll_cluster(image, _patience(timeout), seen, force=force, dry_run=dry_run)
             asked = False
         else:
             folder = None if bundle == "default" else bundle
-            asked = stack.roll_bundle(folder, _patience(timeout), seen, api_key=key)
+            asked = stack.roll_bundle(folder, _patience(timeout), seen, api_key=key, dry_run=dry_run) and not dry_run
+    told = {"rolled_out": bundle or image or "cluster", "replicas_asked": asked, "dry_run": dry_run}
     note = "" if asked or bundle is None else " Replicas were not asked: OVERTONE_API_KEY is not set."
-    return _done({"rolled_out": bundle or image or "cluster", "replicas_asked": asked}, f"Rolled out.{note}", as_json)
+    return _done(told, "Checked, nothing changed." if dry_run else f"Rolled out.{note}", as_json)
+
+
+@app.command()
+def follow(
+    bundles: Annotated[
+        Path, typer.Option(help="Folder for its bundle, on a volume that replicas see under the same path.")
+    ] = Path("/models/bundles"),
+    api: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where replicas are asked [default: through the Kubernetes API].")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Even if it failed before or was rolled back.")] = False,
+    timeout: Timeout = "15m",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> int:
+    """Roll out the registry's champion, once: not if it is served, failed before, or was rolled back.
+
+    Exit code 0 whether it was rolled out or not: `outcome` of --json is rolled_out, served, held, waits or none.
+    """
+    from overtone.cli.follow import FollowOptions
+    from overtone.cli.follow import follow as run
+    from overtone.logging import configure
+    from overtone.settings import load_settings
+
+    settings = load_settings()
+    configure("follow", settings.log_level, settings.log_format)
+    options = FollowOptions(bundles.absolute(), _patience(timeout), force=force, dry_run=dry_run)
+    with _api() as kube:
+        from kuberay.client import Stack
+
+        stack = Stack(kube, namespace=_Target.namespace, replicas_url=api, key_header=settings.api_key_header)
+        found = run(settings, stack, options, lambda: _watching(as_json or dry_run))
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return 0
+    what = f"{found.champion} (version {found.registry}): " if found.champion else ""
+    word = "would be rolled out" if found.dry_run and found.outcome == "rolled_out" else found.outcome.replace("_", " ")
+    Console().print(f"{escape(what)}{word}: {escape(found.reason)}.", highlight=False, soft_wrap=True)
+    return 0
 
 
 @app.command()

@@ -112,7 +112,7 @@ def test_the_wheel_is_installed_and_runs_for_a_user_without_rights(
 ) -> None:
     prefix = folder / "opt"
     done = subprocess.run(
-        ["sh", DOCKER / "install.sh", wheels, prefix, "kube,archive,secrets"],
+        ["sh", DOCKER / "install.sh", wheels, prefix, "kube,archive,secrets,registry"],
         capture_output=True,
         text=True,
         check=False,
@@ -121,15 +121,15 @@ def test_the_wheel_is_installed_and_runs_for_a_user_without_rights(
     assert done.returncode == 0, done.stderr
     bill = json.loads((prefix / "sbom.json").read_text())
     names = {each["name"] for each in bill["components"]}
-    assert {"overtone", "ray", "onnxruntime", "kubernetes", "boto3", "hvac"} <= names
+    assert {"overtone", "ray", "onnxruntime", "kubernetes", "boto3", "hvac", "mlflow-skinny"} <= names
     assert not {"torch", "pytest", "ruff"} & names, "an image for serving has none of these"
 
-    def run(*words: str) -> Any:
+    def run(*words: str, **variables: str) -> Any:
         return subprocess.run(
             [str(prefix / "bin" / "overtone"), *words],
             **as_user(user),
             cwd=user.pw_dir,
-            env={"HOME": user.pw_dir, "PATH": f"{prefix}/bin:/usr/bin:/bin"},
+            env={"HOME": user.pw_dir, "PATH": f"{prefix}/bin:/usr/bin:/bin", **variables},
             capture_output=True,
             text=True,
             check=False,
@@ -138,6 +138,9 @@ def test_the_wheel_is_installed_and_runs_for_a_user_without_rights(
     rendered = run("k8s", "render", "production", "--json")
     assert rendered.returncode == 0, rendered.stderr
     assert len(json.loads(rendered.stdout)) > 40, "manifests are in the wheel"
+    nowhere = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    asked = run("models", "pull", "champion", **nowhere)
+    assert "listing versions failed" in asked.stderr, "the registry's client is there, its server is not"
     said = run("predict", "--local", "--json", "I love this", "what a terrible day")
     assert said.returncode == 0, said.stderr
     assert "positive" in said.stdout

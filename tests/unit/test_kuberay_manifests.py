@@ -432,7 +432,7 @@ def test_commands_in_manifests_exist() -> None:
     from overtone.cli.app import app
 
     text = "\n".join(" ".join(c.get("command", []) + c.get("args", [])) for c in containers())
-    for words in set(re.findall(r"overtone ([a-z]+(?: [a-z]+)?)", text)):
+    for words in set(re.findall(r"overtone ([a-z][a-z0-9]*(?: [a-z]+)?)", text)):
         command: Any = get_command(app)
         for word in words.split():
             command = command.commands[word]
@@ -463,7 +463,56 @@ def test_the_cron_that_retrains_says_what_both_commands_take() -> None:
             command = shlex.split(entrypoint(order, Settings(_env_file=None), "retrain-1", with_feedback=True))
             told = get_command(train).make_context("train", command[3:]).params
             assert (str(told["output"]), told["run_name"]) == ("/models/bundles/retrain-1", "retrain-1")
-            assert (told["from_feedback"], told["register"]) == (True, True)
+            assert told["from_feedback"] is True
+            assert str(told["gate"]) == "/models/data/apart.tsv"
+
+
+def test_the_cron_that_follows_the_champion_may_do_what_it_does_and_no_more() -> None:
+    from typer.main import get_command
+
+    from overtone.cli.app import app
+
+    root: Any = get_command(app)
+    for overlay in overlay_names():
+        found = {(each["kind"], each["metadata"]["name"]): each for each in documents(overlay)}
+        cron = found["CronJob", "overtone-follow"]["spec"]
+        assert (cron["concurrencyPolicy"], cron["suspend"]) == ("Forbid", overlay != "production")
+        template = cron["jobTemplate"]["spec"]["template"]
+        pod, labels = template["spec"], template["metadata"]["labels"]
+        (container,) = pod["containers"]
+        words = [*container["command"], *container["args"]]
+        given = root.commands["k8s"].commands["follow"].make_context("follow", words[3:]).params
+        assert (given["as_json"], given["force"], given["dry_run"]) == (True, False, False)
+
+        service = found["RayService", "overtone"]
+        assert given["api"] == f"http://{service['metadata']['name']}-serve-svc:8000"
+        replica = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+        assert volume_of(pod, given["bundles"].parent) == volume_of(replica, given["bundles"].parent) is not None
+
+        (subject,) = found["RoleBinding", "overtone-follow"]["subjects"]
+        assert pod["serviceAccountName"] == subject["name"]
+        assert found["ServiceAccount", subject["name"]]
+        (rule,) = found["Role", found["RoleBinding", "overtone-follow"]["roleRef"]["name"]]["rules"]
+        assert (rule["resources"], rule["resourceNames"]) == (["rayservices"], [service["metadata"]["name"]])
+        assert set(rule["verbs"]) == {"get", "list", "watch", "patch"}
+
+        policies = [each["spec"] for each in documents(overlay) if each["kind"] == "NetworkPolicy"]
+        mine = [each for each in policies if each["podSelector"] and selects(each["podSelector"], labels)]
+        ports = {port["port"] for each in mine for rule in each.get("egress", []) for port in rule["ports"]}
+        assert ports == {443, 5000, 6443, 8000}
+        opened = {
+            each["podSelector"]["matchLabels"].get("app.kubernetes.io/name", "postgres")
+            for each in policies
+            for rule in each.get("ingress", [])
+            if any(selects(peer["podSelector"], labels) for peer in rule["from"] if "podSelector" in peer)
+        }
+        assert opened - {"postgres"} == ({"ray"} if overlay == "dev" else {"ray", "mlflow"})
+
+
+def volume_of(pod: dict[str, Any], folder: Path) -> Any:
+    """The claim of the volume that the first container of `pod` has at `folder`."""
+    name = next(each["name"] for each in pod["containers"][0]["volumeMounts"] if each["mountPath"] == str(folder))
+    return next(each for each in pod["volumes"] if each["name"] == name).get("persistentVolumeClaim")
 
 
 def test_alerts_have_a_paragraph_in_the_guide() -> None:
