@@ -337,6 +337,9 @@ def _cluster(folder: Path, add: Callable[[int], tuple[str, str, str]], database_
     return Cluster(node(*for_head, words=head), workers)
 
 
+_PAUSE_S = 0.03
+"""Of a client after each request. The nodes share the cores of this machine: clients that take all that is left would
+keep a node from starting, which Ray gives half a minute."""
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _PLACES = {
     "CONFIG_FILE_LOC": "haproxy.cfg",
@@ -390,6 +393,7 @@ class Load:
                 break
             order = [clients[(turn + number) % len(clients)] for number in range(len(clients))]
             self.count([client for client in order if client.base_url.host in self.endpoints])
+            self.done.wait(_PAUSE_S)
         for client in clients:
             client.close()
 
