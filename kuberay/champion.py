@@ -21,6 +21,8 @@ WITHDRAWN = "overtone/rolled-back"
 DEFAULT = "default"
 """What stands in `WITHDRAWN` for the bundle that no folder names."""
 
+NoteState = Literal["started", "served", "refused", "held"]
+
 VersionOf = Callable[[str | None], str | None]
 """The version of the bundle in a folder (None: the default one); None if it cannot be read."""
 
@@ -40,7 +42,7 @@ class Note:
 
     version: str
     folder: str
-    state: Literal["started", "served", "refused", "held"]
+    state: NoteState
     """`started`: ordered, and not yet seen to be served. `held`: it was not ordered."""
     at: str
     """When, ISO 8601."""

@@ -12,7 +12,7 @@ import httpx
 
 from kuberay.api import KubeApi
 from kuberay.build import Document
-from kuberay.champion import DEFAULT, NOTE, WITHDRAWN, Champion, Note, note_of
+from kuberay.champion import DEFAULT, NOTE, WITHDRAWN, Champion, Note, NoteState, note_of
 from kuberay.rules import problems
 from kuberay.spec import (
     HISTORY,
@@ -244,8 +244,9 @@ class Stack:
         self._conclude(order, patience, seen, api_key)
         return note
 
-    def note(self, note: Note) -> None:
+    def note(self, champion: Champion, state: NoteState, reason: str) -> None:
         """Remember what became of a champion that was not ordered."""
+        note = Note(champion.version, champion.folder, state, _now(), reason)
         self._change(lambda _: annotated({NOTE: note.as_annotation()}))
 
     def ask_replica(self, api_key: str) -> Document:

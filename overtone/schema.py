@@ -17,6 +17,12 @@ MAX_TEXT_CHARS = 25_000
 MAX_BATCH_TEXTS = 10_000
 """The most texts one request may carry."""
 
+MAX_SINCE_DAYS = 3650
+"""How far back a job of re-scoring may be told to go."""
+
+REPORT_DAYS, MAX_REPORT_DAYS = 7, 90
+"""How many days a report is about, unless it is told, and at most."""
+
 _SNOWFLAKE_EPOCH_MS = 1_288_834_974_657
 
 

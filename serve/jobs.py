@@ -27,6 +27,7 @@ from overtone.errors import (
 )
 from overtone.job_files import JobFolder
 from overtone.logging import get_logger
+from overtone.schema import MAX_REPORT_DAYS, MAX_SINCE_DAYS, REPORT_DAYS
 from serve import options
 from serve.auth import Identity
 from serve.bodies import FieldError, invalid, read_json
@@ -41,9 +42,6 @@ from serve.uploads import Format, Upload, UploadOptions, take_in
 
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 MAX_LISTED = 1000
-MAX_SINCE_DAYS = 3650
-MAX_REPORT_DAYS = 90
-REPORT_DAYS = 7
 _MAX_CHORE_BYTES = 4096
 
 _FORMATS: tuple[tuple[re.Pattern[str], Format], ...] = (
@@ -93,7 +91,8 @@ class JobRoutes:
         return self._accepted(job)
 
     async def submit_retention(self, request: Request) -> Response:
-        return await self._background(request, RETENTION, {})
+        identity = await self._service.gate.authorise(request, "admin")
+        return await self._background(request, identity, RETENTION, {})
 
     async def submit_erasure(self, request: Request) -> Response:
         identity = await self._service.gate.authorise(request, "admin")
@@ -104,23 +103,24 @@ class JobRoutes:
         if not (isinstance(written, str) and written.isascii() and written.isdigit() and len(written) <= 19):
             raise invalid([FieldError("id", "must be a number of at most 19 digits, as a string")])
         require_id(body["kind"], int(written))
-        return await self._background(request, ERASURE, {**body, "actor": identity.key_id})
+        return await self._background(request, identity, ERASURE, {**body, "actor": identity.key_id})
 
     async def submit_rescoring(self, request: Request) -> Response:
-        await self._service.gate.authorise(request, "admin")
+        identity = await self._service.gate.authorise(request, "admin")
         days = await _days(request, "since_days", MAX_SINCE_DAYS)
         since = (datetime.now(UTC) - timedelta(days=days)).isoformat() if days else None
         version = self._service.classifier.bundle.version
-        return await self._background(request, RESCORING, {"model_version": version, "since": since})
+        return await self._background(request, identity, RESCORING, {"model_version": version, "since": since})
 
     async def submit_report(self, request: Request) -> Response:
-        await self._service.gate.authorise(request, "admin")
-        days = await _days(request, "days", MAX_REPORT_DAYS)
-        return await self._background(request, REPORT, {"days": days or REPORT_DAYS})
-
-    async def _background(self, request: Request, kind: str, parameters: dict[str, Any]) -> Response:
-        """Store a job that has no upload: a chore, or one that its first chunk plans."""
         identity = await self._service.gate.authorise(request, "admin")
+        days = await _days(request, "days", MAX_REPORT_DAYS)
+        return await self._background(request, identity, REPORT, {"days": days or REPORT_DAYS})
+
+    async def _background(
+        self, request: Request, identity: Identity, kind: str, parameters: dict[str, Any]
+    ) -> Response:
+        """Store a job that has no upload: a chore, or one that its first chunk plans."""
         await self._service.gate.spend(identity, 0)
         db = await self._desk.open_database()
         is_chore = kind != RESCORING

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from overtone.schema import MAX_BATCH_TEXTS, MAX_TEXT_CHARS
+from overtone.schema import MAX_BATCH_TEXTS, MAX_REPORT_DAYS, MAX_SINCE_DAYS, MAX_TEXT_CHARS, REPORT_DAYS
 from serve.longtext import LongText
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)]
@@ -429,7 +429,7 @@ class RescoringRequest(BaseModel):
     model_config = _examples({"since_days": 30}, {})
 
     since_days: Annotated[
-        int | None, Field(ge=1, le=3650, description="Only posts made within so many days; left out: all.")
+        int | None, Field(ge=1, le=MAX_SINCE_DAYS, description="Only posts made within so many days; left out: all.")
     ] = None
 
 
@@ -438,7 +438,9 @@ class ReportRequest(BaseModel):
 
     model_config = _examples({"days": 7}, {})
 
-    days: Annotated[int | None, Field(ge=1, le=90, description="So many days until now; left out: 7.")] = None
+    days: Annotated[
+        int | None, Field(ge=1, le=MAX_REPORT_DAYS, description=f"So many days until now; left out: {REPORT_DAYS}.")
+    ] = None
 
 
 class Jobs(BaseModel):

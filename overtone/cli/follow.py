@@ -7,11 +7,10 @@ that was looked at last. A new one is copied to where replicas find it and rolle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from kuberay.champion import Champion, Note, Step, next_step, note_of
+from kuberay.champion import DEFAULT, Champion, next_step, note_of
 from kuberay.client import Patience, Seen, Stack
 from overtone.bundle import load_bundle
 from overtone.errors import (
@@ -104,7 +103,7 @@ def _follow(settings: Settings, stack: Stack, options: FollowOptions, watching: 
             return told
         case "served" | "held":
             if not options.dry_run and (note is None or note.version != champion.version):
-                stack.note(_seen(champion, step))
+                stack.note(champion, step.action, step.reason)
             return replace(told, outcome=step.action)
         case "finish" if note:
             if not options.dry_run:
@@ -136,19 +135,14 @@ def _fetch(
             ours, theirs = (", ".join(each) for each in (bundle.labels, labels))
             raise BundleError(f"{bundle.path}: its labels are {ours} and those that are served {theirs}")
     except BundleError as error:
-        stack.note(Note(champion.version, champion.folder, "refused", _now(), error.message))
+        stack.note(champion, "refused", error.message)
         raise RolloutError(f"{error.message}. Nothing was ordered.") from error
     _log.info("champion.fetched", champion=bundle.version, folder=str(bundle.path))
 
 
-def _seen(champion: Champion, step: Step) -> Note:
-    state: Literal["served", "held"] = "served" if step.action == "served" else "held"
-    return Note(champion.version, champion.folder, state, _now(), step.reason)
-
-
 def _version_of(settings: Settings, folder: str | None) -> str | None:
     try:
-        return load_bundle(Path(folder) if folder and folder != "default" else settings.bundle).version
+        return load_bundle(Path(folder) if folder and folder != DEFAULT else settings.bundle).version
     except BundleError:
         return None
 
@@ -157,7 +151,3 @@ def _key(settings: Settings) -> str:
     if settings.overtone_api_key is None:
         raise ConfigurationError("Set OVERTONE_API_KEY: replicas are asked by it whether they serve the champion.")
     return settings.overtone_api_key.get_secret_value()
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

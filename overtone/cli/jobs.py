@@ -12,6 +12,8 @@ from uuid import uuid4
 import typer
 from rich.console import Console
 
+from overtone.schema import MAX_REPORT_DAYS, MAX_SINCE_DAYS, REPORT_DAYS
+
 if TYPE_CHECKING:
     import httpx
 
@@ -79,7 +81,7 @@ def submit(  # noqa: PLR0913, PLR0917  (one argument an option)
 @app.command("rescore")
 def rescore(
     since_days: Annotated[
-        int | None, typer.Option(min=1, max=3650, help="Only posts made within so many days [default: all].")
+        int | None, typer.Option(min=1, max=MAX_SINCE_DAYS, help="Only posts made within so many days [default: all].")
     ] = None,
     wait: Wait = False,
     as_json: AsJson = False,
@@ -90,7 +92,7 @@ def rescore(
 
 @app.command("report")
 def report(
-    days: Annotated[int, typer.Option(min=1, max=90, help="So many days until now.")] = 7,
+    days: Annotated[int, typer.Option(min=1, max=MAX_REPORT_DAYS, help="So many days until now.")] = REPORT_DAYS,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", "-w", help="Wait for it; exit code 10 unless it is made.")
     ] = True,

@@ -16,7 +16,6 @@ from overtone.db.keys import create_key
 from overtone.db.posts import write_posts
 from overtone.db.predictions import write_predictions
 from overtone.db.tombstones import bury_authors
-from overtone.engine import open_engine
 from overtone.schema import Post, Prediction, datetime_to_snowflake
 from serve.auth import Gate, KeyRing
 from serve.classifier import Classifier
@@ -33,14 +32,6 @@ async def stored(db: Database, count: int, *, author: int = 7, confidence: float
     scores = {"positive": confidence, "negative": 1 - confidence}
     await write_predictions(db, [(one.post_id, Prediction("positive", confidence, scores, "m-1")) for one in posts])
     return posts
-
-
-@pytest.fixture(scope="module")
-async def classifier() -> AsyncIterator[Classifier]:
-    classifier = Classifier(engine_for=open_engine)
-    await classifier.load(None)
-    yield classifier
-    await classifier.close()
 
 
 @pytest.fixture

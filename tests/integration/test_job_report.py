@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from job_world import World, open_world
+from job_world import World
 from overtone.db import Database, jobs
 from overtone.db.erasure import erase_posts
 from overtone.db.feedback import Feedback, write_feedback
@@ -25,12 +24,10 @@ from overtone.db.predictions import write_predictions
 from overtone.db.queries import query
 from overtone.db.report import make_report
 from overtone.db.tombstones import bury_authors
-from overtone.engine import open_engine
 from overtone.errors import DatabaseUnavailableError, InvalidInputError
 from overtone.schema import Post, Prediction, datetime_to_snowflake
 from overtone.settings import environment_for, load_settings
 from serve.chores import Chores
-from serve.classifier import Classifier
 
 ROOT = Path(__file__).parents[2]
 NOW = datetime.now(UTC)
@@ -219,22 +216,6 @@ async def test_only_the_blocks_of_the_days_are_read(
     lines = [row[0] for row in plan]
     assert not any("Seq Scan" in line for line in lines)
     assert sum("Bitmap Index Scan" in line and index in line for line in lines) >= 2
-
-
-@pytest.fixture(scope="module")
-async def classifier() -> AsyncIterator[Classifier]:
-    classifier = Classifier(engine_for=open_engine)
-    await classifier.load(None)
-    yield classifier
-    await classifier.close()
-
-
-@pytest.fixture
-async def world(
-    fresh_database: Database, fresh_postgres_url: str, classifier: Classifier, tmp_path: Path
-) -> AsyncIterator[World]:
-    async with open_world(fresh_database, fresh_postgres_url, classifier, tmp_path / "jobs") as world:
-        yield world
 
 
 async def test_a_report_is_a_job_of_administrators(world: World, fresh_postgres_url: str, tmp_path: Path) -> None:

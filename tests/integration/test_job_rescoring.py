@@ -23,7 +23,6 @@ from overtone.db.keys import create_key
 from overtone.db.posts import write_posts
 from overtone.db.predictions import stats, write_predictions
 from overtone.db.tombstones import bury_authors
-from overtone.engine import open_engine
 from overtone.errors import BundleError, DatabaseUnavailableError, UnavailableError
 from overtone.schema import Post, Prediction, datetime_to_snowflake
 from serve.classifier import Classifier
@@ -46,14 +45,6 @@ def other_bundle(folder: Path) -> Bundle:
     """The bundle of the package under another version."""
     shutil.copytree(load_bundle().path, folder)
     return write_bundle(folder, spec=replace(load_bundle().spec, name="second"))
-
-
-@pytest.fixture(scope="module")
-async def classifier() -> AsyncIterator[Classifier]:
-    classifier = Classifier(engine_for=open_engine)
-    await classifier.load(None)
-    yield classifier
-    await classifier.close()
 
 
 class Rescoring(World):

@@ -13,35 +13,17 @@ from uuid import UUID, uuid4
 import orjson
 import pytest
 
-from job_world import NDJSON, World, open_world, until
-from overtone.db import Database, jobs
+from job_world import NDJSON, World, until
+from overtone.db import jobs
 from overtone.db.jobs import Holders
 from overtone.db.keys import create_key
-from overtone.engine import open_engine
 from overtone.erasure import open_eraser
 from overtone.errors import ConfigurationError, InvalidInputError, UnavailableError
 from overtone.job_files import JobFolder
 from overtone.settings import load_settings
 from serve.chores import Chores
-from serve.classifier import Classifier
 from serve.scoring import Scorer
 from serve.uploads import CHUNK_LINES
-
-
-@pytest.fixture(scope="module")
-async def classifier() -> AsyncIterator[Classifier]:
-    classifier = Classifier(engine_for=open_engine)
-    await classifier.load(None)
-    yield classifier
-    await classifier.close()
-
-
-@pytest.fixture
-async def world(
-    fresh_database: Database, fresh_postgres_url: str, classifier: Classifier, tmp_path: Path
-) -> AsyncIterator[World]:
-    async with open_world(fresh_database, fresh_postgres_url, classifier, tmp_path / "jobs") as world:
-        yield world
 
 
 async def test_each_line_of_an_upload_has_one_line_in_the_result(world: World) -> None:
