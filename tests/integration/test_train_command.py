@@ -1,17 +1,16 @@
 """`python -m train` end to end: a tiny encoder, a made-up language of three moods, real Ray Train, a real bundle."""
 
-import contextlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from overtone.bundle import Bundle, TextEncoder, load_bundle
+from overtone.cli.processes import MARK, mark_of, marked_processes
 from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.settings import environment_for, load_settings
 
@@ -59,24 +58,20 @@ def run_train(workshop: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "train", *(str(part) for pair in arguments.items() for part in pair), *extra]
     home = str(workshop / "home")
     environment = environment_for(load_settings(), OVERTONE_HOME=home, HOME=home, LOG_FORMAT="json")
+    environment[MARK] = mark_of(workshop / "home", "test", "train")
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
-def left_of_ray(workshop: Path) -> list[str]:
-    """The names of what still runs of the Ray that a run in `workshop` started."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            is_ours = process.environ().get("OVERTONE_HOME") == str(workshop / "home")
-            if is_ours and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.name())
-    return found
-
-
-def test_texts_in_a_bundle_out(workshop: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(workshop: Path) -> str:
+    """What a run that is over said."""
     ended = run_train(workshop)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert marked_processes(workshop / "home") == []
+    return ended.stderr
 
+
+def test_texts_in_a_bundle_out(workshop: Path, trained: str) -> None:
     bundle = load_bundle(workshop / "bundle")
     assert bundle.name == "moods"
     assert bundle.precision == "int8"
@@ -91,8 +86,7 @@ def test_texts_in_a_bundle_out(workshop: Path) -> None:
     card = (workshop / "bundle" / "README.md").read_text()
     assert bundle.version in card
     assert "python -m train --config" in card
-    assert "validation: macro-averaged recall" in ended.stderr
-    assert left_of_ray(workshop) == []
+    assert "validation: macro-averaged recall" in trained
     assert not (workshop / "home" / ".ray").exists(), "Ray's token was left in the home folder"
 
     evaluate = [sys.executable, "-m", "train.evaluate", "--bundle", str(bundle.path), "--json"]
@@ -105,6 +99,10 @@ def test_texts_in_a_bundle_out(workshop: Path) -> None:
 
     assert_on_record(workshop / "home", bundle)
 
+
+@pytest.mark.usefixtures("trained")
+def test_checkpoints_are_averaged_and_a_finished_run_is_not_trained_again(workshop: Path) -> None:
+    bundle = load_bundle(workshop / "bundle")
     weights = sorted(str(folder) for folder in (workshop / "runs").rglob("weights"))
     assert len(weights) == 2, "the best checkpoint and the last are kept"
     data = ["--train", str(workshop / "train.tsv"), "--validation", str(workshop / "validation.tsv")]
