@@ -1,5 +1,6 @@
 """What is to be done about a champion, from the RayService and what is remembered on it."""
 
+import functools
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -21,9 +22,14 @@ def version_of(folder: str | None) -> str | None:
     return FOLDERS.get(folder)
 
 
+@functools.cache
+def production() -> Document:
+    return next(each for each in build_overlay("production") if each["kind"] == "RayService")
+
+
 def service(bundle: str | None = None, *, note: Note | None = None, withdrawn: str = "", **spec: Any) -> Document:
     """A RayService that is ready and serves `bundle`."""
-    found = deepcopy(next(each for each in build_overlay("production") if each["kind"] == "RayService"))
+    found = deepcopy(production())
     config = yaml.safe_load(found["spec"]["serveConfigV2"])
     config["applications"][0]["deployments"][0]["user_config"]["bundle"] = bundle
     found["spec"] |= {"serveConfigV2": yaml.safe_dump(config), **spec}
