@@ -79,6 +79,9 @@ class OptimiserConfig(Section):
     schedule: Literal["linear", "cosine"] = "linear"
     clip_norm: float = Field(1.0, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    rdrop: float = Field(0.0, ge=0)
+    """Weight in the loss of how much two passes over a text under different dropout disagree (R-Drop); above 0 a step
+    takes twice the time."""
     prior_tau: float = Field(0.0, ge=0)
     """Weight of the log class prior in the loss (logit adjustment); 1 trains for balanced accuracy, 0 is plain."""
     ema_decay: float = Field(0.0, ge=0, lt=1)

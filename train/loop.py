@@ -171,7 +171,7 @@ class Run:
 
     def _loss(self, rows: list[list[int]], batch: list[int]) -> torch.Tensor:
         with self._autocast():
-            logits = self.model(**self._inputs(rows)).logits
+            logits = self.model(**self._inputs(rows * 2 if self.settings.rdrop else rows)).logits
         labels = torch.from_numpy(self.split.train.labels[batch]).to(self.device)
         soft = torch.from_numpy(self.soft[batch]).to(self.device) if self.soft is not None else None
         return self.loss(logits, labels, soft)

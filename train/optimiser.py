@@ -19,6 +19,7 @@ def make_loss(
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Cross-entropy of (logits [rows, labels], labels [rows]) with the class prior added to the logits.
 
+    With `rdrop` the logits are [2 rows, labels]: of a second pass under another dropout after the first.
     A third argument holds the teachers' probabilities [rows, labels]: `soft_weight` of the loss is against them.
 
     The sum belongs to the loss alone: the model learns what is left when the prior is known, so that its own logits
@@ -27,12 +28,24 @@ def make_loss(
 
     def loss(logits: Tensor, labels: Tensor, soft: Tensor | None) -> Tensor:
         adjusted = logits.float() + config.prior_tau * log_prior
-        hard_loss = nn.functional.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing)
-        if soft is None:
-            return hard_loss
-        return (1 - soft_weight) * hard_loss + soft_weight * nn.functional.cross_entropy(adjusted, soft)
+        if config.rdrop:
+            labels = labels.repeat(2)
+        total = nn.functional.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing)
+        if soft is not None:
+            soft = soft.repeat(2, 1) if config.rdrop else soft
+            total = (1 - soft_weight) * total + soft_weight * nn.functional.cross_entropy(adjusted, soft)
+        return total + config.rdrop * _disagreement(*adjusted.chunk(2)) if config.rdrop else total
 
     return loss
+
+
+def _disagreement(first: Tensor, second: Tensor) -> Tensor:
+    """Mean symmetric Kullback-Leibler divergence of the labels of two passes, logits [rows, labels] each.
+
+    Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks".
+    """
+    p, q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
+    return ((p.exp() - q.exp()) * (p - q)).sum(dim=-1).mean() / 2
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:

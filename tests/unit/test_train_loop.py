@@ -109,6 +109,24 @@ def test_a_step_in_parts_is_the_same_step(encoder: Path, parts: int) -> None:
     assert same(weights(whole), weights(divided), tolerance=1e-4)
 
 
+def test_without_dropout_two_passes_agree(encoder: Path) -> None:
+    once = make_run(encoder, Told(), model=STILL | {"attention_dropout": 0.0}, epochs=1)
+    twice = make_run(encoder, Told(), model=STILL | {"attention_dropout": 0.0}, epochs=1, rdrop=4.0)
+    once.train()
+    twice.train()
+
+    assert same(weights(once), weights(twice), tolerance=1e-4)
+
+
+def test_with_dropout_their_disagreement_is_learned_from(encoder: Path) -> None:
+    once = make_run(encoder, Told(), epochs=1)
+    twice = make_run(encoder, Told(), epochs=1, rdrop=4.0)
+    once.train()
+    twice.train()
+
+    assert not same(weights(once), weights(twice), tolerance=1e-4)
+
+
 def test_gradient_checkpointing_changes_no_figure(encoder: Path) -> None:
     kept = make_run(encoder, Told(), epochs=1)
     again = make_run(encoder, Told(), epochs=1, model={"gradient_checkpointing": True})

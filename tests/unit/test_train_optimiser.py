@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from train.config import OptimiserConfig
@@ -56,6 +58,21 @@ def test_the_loss_is_shared_between_labels_and_teachers() -> None:
     expected = -0.25 * log_probabilities[2] - 0.75 * (soft[0] * log_probabilities).sum()
     assert loss(logits, labels, soft).item() == pytest.approx(expected.item())
     assert loss(logits, labels, None).item() == pytest.approx(-log_probabilities[2].item())
+
+
+@given(st.lists(st.floats(-8, 8), min_size=12, max_size=12), st.floats(0.1, 5))
+def test_two_passes_cost_what_they_disagree_about(values: list[float], weight: float) -> None:
+    first, second = torch.tensor(values).reshape(2, 2, 3)
+    labels, soft = torch.tensor([0, 2]), torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    plain = make_loss(OptimiserConfig(), torch.zeros(3), soft_weight=0.6)
+    loss = make_loss(OptimiserConfig(rdrop=weight), torch.zeros(3), soft_weight=0.6)
+    p, q = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
+    both_ways = nn.functional.kl_div(p, q, reduction="batchmean", log_target=True)
+    both_ways += nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    expected = (plain(first, labels, soft) + plain(second, labels, soft)) / 2 + weight * both_ways / 2
+    assert loss(torch.cat([first, second]), labels, soft).item() == pytest.approx(expected.item(), abs=1e-4, rel=1e-4)
+    again = loss(torch.cat([first, first]), labels, None).item()
+    assert again == pytest.approx(plain(first, labels, None).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
