@@ -5,10 +5,14 @@ for long. Knows no HTTP and no Ray.
 """
 
 import asyncio
+import os
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +35,9 @@ INTERACTIVE_TEXTS = 16
 """A request of more texts is bulk."""
 
 _REMEMBERED_REFUSALS = 8
+_ENGINE_NICE = 5
+"""Added to the niceness of the engine's thread. It computes for as long as there is work, and what brings it work and
+takes its results, here, in HAProxy and in clients, would wait for a slice of a busy core each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,14 @@ class Trial:
     shadow: Shadow
 
 
+def _give_way() -> None:
+    """Let others go before this thread, where priorities are those of threads."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + _ENGINE_NICE, 19))
+
+
 class Classifier:
     """Classifies with the bundle that was loaded last."""
 
@@ -79,8 +94,8 @@ class Classifier:
         self._champion: Model | None = None
         self._trial: Trial | None = None
         self._loading = asyncio.Lock()
-        self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._other_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._engine_thread = ThreadPoolExecutor(1, "engine", initializer=_give_way)
+        self._other_thread = ThreadPoolExecutor(1, "tokenizer")
         self._turns = Turns(self._engine_thread)
         self._retiring: set[asyncio.Task[None]] = set()
         self.refusals: deque[Refusal] = deque(maxlen=_REMEMBERED_REFUSALS)
