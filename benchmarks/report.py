@@ -15,7 +15,7 @@ _SHOWN = (
     ("serve.single.c64.ratio_to_engine", "`/predict`, 64 connections, over the engine alone"),
     ("serve.single.c1.overhead_ms", "`/predict`, one connection: median above the engine's own time"),
     ("serve.mixed.interactive_p99_batches", "p99 of single texts beside saturating bulk, in engine batches"),
-    ("serve.overload.goodput_ratio", "Goodput at three times the capacity, over the peak"),
+    ("serve.overload.goodput_ratio", "Goodput at three times the capacity, over the capacity"),
     ("serve.overload.recovery_s", "Time from the end of the overload until all is as before"),
 )
 
