@@ -9,6 +9,8 @@ from train.config import TrainConfig
 from train.evaluation import Evaluation
 from train.export import Exported
 
+_PRODUCTS = {"bf16": "bf16 where the processor multiplies it", "fp32": "fp32"}
+
 
 def render(exported: Exported, found: Evaluation, config: TrainConfig, command: str) -> str:
     """The card of `exported`, trained by `command` (shown as it is); `found` is of the validation texts."""
@@ -122,7 +124,7 @@ def _training(training: Mapping[str, Any], config: TrainConfig, command: str) ->
     lines = [f"- mean of the weights of {count} checkpoints"] if count > 1 else []
     lines += [
         f"- {optimiser.epochs} epochs, batch {optimiser.batch_size}, peak learning rate {optimiser.learning_rate:g}, "
-        f"layer decay {optimiser.layer_decay:g}, {optimiser.schedule} schedule, {config.model.precision}",
+        f"layer decay {optimiser.layer_decay:g}, {optimiser.schedule} schedule, {_PRODUCTS[config.model.precision]}",
         f"- logit adjustment tau {optimiser.prior_tau:g}, label smoothing {optimiser.label_smoothing:g}, "
         f"seed {optimiser.seed}",
     ]

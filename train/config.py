@@ -37,7 +37,8 @@ class ModelConfig(Section):
     """0 keeps the fused attention kernel on CPU, which knows no dropout."""
     classifier_dropout: float = Field(0.1, ge=0, lt=1)
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the matrix products; the weights themselves stay fp32."""
+    """Number format of the matrix products; the weights themselves stay fp32. Processors without instructions for bf16
+    multiply in fp32 all the same."""
     gradient_checkpointing: bool = False
     """Compute each layer a second time in the backward pass instead of keeping its results: less memory, more time."""
     compile: bool = False

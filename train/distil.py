@@ -16,6 +16,7 @@ from overtone.errors import ConfigurationError
 from train.config import TeacherConfig
 from train.data import LabelledTexts, log_prior, pad
 from train.encoder import encoder_of, open_trained
+from train.optimiser import products_in
 
 _BATCH_TOKENS = 8192
 
@@ -41,7 +42,7 @@ def soft_labels(
         ConfigurationError: a teacher cannot be read or has other labels.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    products = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    products = products_in(precision, device)
     prior = torch.from_numpy(log_prior(rows.labels, labels)).to(device)
     total = np.zeros((len(texts), labels), dtype=np.float64)
     for number, teacher in enumerate(teachers):

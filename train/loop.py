@@ -19,7 +19,7 @@ from overtone.errors import ConfigurationError
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, share_of
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
-from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups
+from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups, products_in
 from train.scores import score, softmax
 from train.sharding import put_back, whole_moments, whole_weights
 
@@ -85,6 +85,7 @@ class Run:
         self.settings = config.optimiser
         self.progress = _Progress()
         self.started = time.monotonic()
+        self.products = products_in(config.model.precision, self.device)
 
         # One start for all seeds: runs of different seeds then lie close enough for their weights to be averaged.
         torch.manual_seed(_HEAD_SEED)
@@ -170,7 +171,7 @@ class Run:
         return total
 
     def _loss(self, rows: list[list[int]], batch: list[int]) -> torch.Tensor:
-        with self._autocast():
+        with self.products:
             logits = self.model(**self._inputs(rows * 2 if self.settings.rdrop else rows)).logits
         labels = torch.from_numpy(self.split.train.labels[batch]).to(self.device)
         soft = torch.from_numpy(self.soft[batch]).to(self.device) if self.soft is not None else None
@@ -186,10 +187,6 @@ class Run:
             "input_ids": torch.from_numpy(ids).to(self.device, non_blocking=True),
             "attention_mask": torch.from_numpy(mask).to(self.device, non_blocking=True),
         }
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.model.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _metrics(self, watch: "_Watch") -> dict[str, Any]:
         return {
@@ -262,7 +259,7 @@ class Run:
         while order:
             size = max(_EVALUATION_TOKENS // len(rows[order[-1]]), 1)
             batch, order = order[-size:], order[:-size]
-            with self._autocast():
+            with self.products:
                 found = model(**self._inputs([rows[row] for row in batch])).logits
             logits[batch] = found.float().cpu().numpy()
         model.train(training)

@@ -1,5 +1,7 @@
 """Loss, parameter groups, schedule and the running average."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from train.config import OptimiserConfig
-from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups
+from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups, products_in
 
 
 class TinyEncoder(nn.Module):
@@ -73,6 +75,25 @@ def test_two_passes_cost_what_they_disagree_about(values: list[float], weight: f
     assert loss(torch.cat([first, second]), labels, soft).item() == pytest.approx(expected.item(), abs=1e-4, rel=1e-4)
     again = loss(torch.cat([first, first]), labels, None).item()
     assert again == pytest.approx(plain(first, labels, None).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "precision", "dtype"),
+    [
+        ({"avx2"}, "bf16", torch.float32),
+        (None, "bf16", torch.float32),
+        ({"avx2", "avx512_bf16"}, "bf16", torch.bfloat16),
+        ({"avx2", "avx512_bf16"}, "fp32", torch.float32),
+    ],
+)
+def test_bf16_is_for_processors_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, features: set[str] | None, precision: Literal["bf16", "fp32"], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("train.optimiser.read_cpu_features", lambda: features and frozenset(features))
+    products = products_in(precision, torch.device("cpu"))
+    for _ in range(2):
+        with products:
+            assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
