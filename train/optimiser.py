@@ -37,11 +37,13 @@ def make_loss(
         adjusted = logits.float() + config.prior_tau * log_prior
         if config.rdrop:
             labels = labels.repeat(2)
+            soft = None if soft is None else soft.repeat(2, 1)
         total = nn.functional.cross_entropy(adjusted, labels, label_smoothing=config.label_smoothing)
         if soft is not None:
-            soft = soft.repeat(2, 1) if config.rdrop else soft
             total = (1 - soft_weight) * total + soft_weight * nn.functional.cross_entropy(adjusted, soft)
-        return total + config.rdrop * _disagreement(*adjusted.chunk(2)) if config.rdrop else total
+        if config.rdrop:
+            total = total + config.rdrop * _disagreement(*adjusted.chunk(2))
+        return total
 
     return loss
 

@@ -1,6 +1,5 @@
 """What is to be done about a champion, from the RayService and what is remembered on it."""
 
-import functools
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from kuberay.champion import DEFAULT, NOTE, WITHDRAWN, Champion, Note, next_step
 from kuberay.states import state_of
 from overtone.errors import ClusterError
 
+SERVICE = next(each for each in build_overlay("production") if each["kind"] == "RayService")
 CHAMPION = Champion("moods-2", "/models/bundles/moods-2")
 FOLDERS = {None: "tweets-0", "default": "tweets-0", "/models/bundles/run-2": "moods-2", "/models/bundles/o": "other-1"}
 TRIED = Note("moods-2", CHAMPION.folder, "served", "2026-11-01T00:00:00+00:00")
@@ -22,14 +22,9 @@ def version_of(folder: str | None) -> str | None:
     return FOLDERS.get(folder)
 
 
-@functools.cache
-def production() -> Document:
-    return next(each for each in build_overlay("production") if each["kind"] == "RayService")
-
-
 def service(bundle: str | None = None, *, note: Note | None = None, withdrawn: str = "", **spec: Any) -> Document:
     """A RayService that is ready and serves `bundle`."""
-    found = deepcopy(production())
+    found = deepcopy(SERVICE)
     config = yaml.safe_load(found["spec"]["serveConfigV2"])
     config["applications"][0]["deployments"][0]["user_config"]["bundle"] = bundle
     found["spec"] |= {"serveConfigV2": yaml.safe_dump(config), **spec}
