@@ -120,7 +120,7 @@ class _Job:
             tempfile.TemporaryDirectory(prefix="overtone-") as scratch,
         ):
             weights = Path(scratch) / "weights"
-            soft_labels = self._soft_labels(split)
+            learned, soft_labels = self._lessons(split)
             with ray_cluster(address), RunProgress(self.console) as progress:
                 self.console.print(f"run {name}, checkpoints in {storage}")
 
@@ -128,7 +128,7 @@ class _Job:
                     progress.report(metrics)
                     tracker.metrics(metrics, metrics["step"])
 
-                spec = RunSpec(name, split, storage, soft_labels)
+                spec = RunSpec(name, learned, storage, soft_labels)
                 best = run_training(self.config, spec, follow, weights)
             found = self._publish(weights, split, best, steps)
             self._record(tracker, found, split, best["step"], registers=registers)
@@ -174,21 +174,15 @@ class _Job:
         if registered:
             self.console.print(f"registered as version {registered.version}, the challenger", highlight=False)
 
-    def _soft_labels(self, split: Split) -> "NDArray[np.float32] | None":
-        teachers = self.config.distillation.teachers
-        if not teachers:
-            return None
-        import random
-
-        from train.data import augment
-        from train.distil import soft_labels
+    def _lessons(self, split: Split) -> "tuple[Split, NDArray[np.float32] | None]":
+        if not self.config.distillation.teachers:
+            return split, None
+        from train.distil import lessons
         from train.progress import counted
 
-        # As the teachers were evaluated: a link tells them where a text is from, not what it says.
-        texts = augment(split.train.texts, random.Random(0), drop_links=1.0, drop_mentions=0.0)
         with counted(self.console, "reading the training texts with the teachers") as progress:
-            labels, precision = len(self.config.data.labels), self.config.model.precision
-            return soft_labels(teachers, split.train, texts, labels, progress, precision=precision)
+            texts, soft = lessons(self.config, split.train, progress)
+        return replace(split, train=texts), soft
 
     def _publish(self, weights: Path, split: Split, best: dict[str, Any], steps: list[dict[str, Any]]) -> "Evaluation":
         from train.publish import publish

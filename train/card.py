@@ -126,11 +126,14 @@ def _training(training: Mapping[str, Any], config: TrainConfig, command: str) ->
         f"- {optimiser.epochs} epochs, batch {optimiser.batch_size}, peak learning rate {optimiser.learning_rate:g}, "
         f"layer decay {optimiser.layer_decay:g}, {optimiser.schedule} schedule, {_PRODUCTS[config.model.precision]}",
         f"- logit adjustment tau {optimiser.prior_tau:g}, label smoothing {optimiser.label_smoothing:g}, "
-        f"seed {optimiser.seed}",
+        f"{f'R-Drop {optimiser.rdrop:g}, ' if optimiser.rdrop else ''}seed {optimiser.seed}",
     ]
-    teachers, weight = len(config.distillation.teachers), config.distillation.weight
-    if teachers:
-        lines.append(f"- {weight:.0%} of the loss against the mean probabilities of {teachers} teachers")
+    taught = config.distillation
+    if taught.teachers:
+        copies = f", over the texts and {taught.copies} altered copies of each" if taught.copies else ""
+        lines.append(
+            f"- {taught.weight:.0%} of the loss against the mean probabilities of {len(taught.teachers)} teachers{copies}"
+        )
     if "seconds" in training:
         lines.append(f"- {training['seconds'] / 60:.0f} minutes on {training['device']}")
     return "\n".join(lines) + f"\n\n```\n{command}\n```"

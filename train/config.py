@@ -115,6 +115,8 @@ class DistillationConfig(Section):
     """The weighted mean of their probabilities is learned from. None: labels alone."""
     weight: float = Field(0.7, ge=0, le=1)
     """Share of the loss that is against the teachers' probabilities."""
+    copies: int = Field(0, ge=0, le=32)
+    """Altered copies of each training text that the student learns from too, with the labels the teachers give them."""
 
 
 class ClusterConfig(Section):

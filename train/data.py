@@ -131,6 +131,34 @@ def augment(texts: Sequence[str], rng: random.Random, *, drop_links: float, drop
     return augmented
 
 
+def alter(texts: Sequence[str], rng: random.Random) -> list[str]:
+    """Return of each text something like it that nobody wrote, for models to be asked about; none becomes empty.
+
+    By equal chance: some of its words are left out; some are replaced by words of other texts; or a part of it is
+    continued by a part of another text.
+    """
+    words = [text.split() for text in texts]
+    every = [word for row in words for word in row]
+    return [" ".join(rng.choice(_ALTERATIONS)(row, rng, words, every)) for row in words]
+
+
+def _leave_out(row: list[str], rng: random.Random, _words: list[list[str]], _every: list[str]) -> list[str]:
+    return [word for word in row if rng.random() >= _ALTERED_WORDS] or row
+
+
+def _replace(row: list[str], rng: random.Random, _words: list[list[str]], every: list[str]) -> list[str]:
+    return [rng.choice(every) if rng.random() < _ALTERED_WORDS else word for word in row]
+
+
+def _continue(row: list[str], rng: random.Random, words: list[list[str]], _every: list[str]) -> list[str]:
+    other = rng.choice(words)
+    return row[: max(rng.randint(len(row) // 3, len(row)), 1)] + other[rng.randint(len(other) // 3, len(other)) :]
+
+
+_ALTERED_WORDS = 0.15
+_ALTERATIONS = (_leave_out, _replace, _continue)
+
+
 def length_grouped(lengths: Sequence[int], batch_size: int, group_batches: int, rng: random.Random) -> list[list[int]]:
     """Cut row numbers into batches of rows of similar length, in random order.
 

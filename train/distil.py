@@ -4,6 +4,7 @@ The mean of several models' probabilities tells how sure one may be of a text, w
 people does not (Hinton et al. 2015, "Distilling the knowledge in a neural network").
 """
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +14,35 @@ import torch
 from numpy.typing import NDArray
 
 from overtone.errors import ConfigurationError
-from train.config import TeacherConfig
-from train.data import LabelledTexts, log_prior, pad
+from train.config import TeacherConfig, TrainConfig
+from train.data import LabelledTexts, alter, augment, log_prior, pad
 from train.encoder import encoder_of, open_trained
 from train.optimiser import products_in
 
 _BATCH_TOKENS = 8192
+_SEED = 0
 
 Progress = Callable[[int, int], None]
 """Takes the texts that are done and all there are."""
+
+
+def lessons(config: TrainConfig, train: LabelledTexts, progress: Progress) -> tuple[LabelledTexts, NDArray[np.float32]]:
+    """What a student learns from, and the teachers' probabilities of it, float32 [texts, labels].
+
+    That is `train` and, after it, `distillation.copies` altered copies of each text, labelled by the teachers alone.
+    The same for the same configuration, so that a resumed run goes on with it.
+
+    Raises:
+        ConfigurationError: as `soft_labels`.
+    """
+    rng = random.Random(_SEED)
+    copies = [text for _ in range(config.distillation.copies) for text in alter(train.texts, rng)]
+    # As the teachers were evaluated: a link tells them where a text is from, not what it says.
+    texts = augment([*train.texts, *copies], rng, drop_links=1.0, drop_mentions=0.0)
+    labels, precision = len(config.data.labels), config.model.precision
+    soft = soft_labels(config.distillation.teachers, train, texts, labels, progress, precision=precision)
+    learned = np.concatenate([train.labels, soft[len(train) :].argmax(axis=1)])
+    return LabelledTexts((*train.texts, *copies), learned, train.sha256), soft
 
 
 def soft_labels(

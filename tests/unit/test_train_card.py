@@ -7,7 +7,7 @@ import pytest
 from overtone.bundle import DEFAULT_BUNDLE
 from overtone.errors import ConfigurationError
 from overtone.settings import load_settings
-from train.card import _ablation
+from train.card import _ablation, _training
 from train.config import TrainConfig, load_config
 from train.tracking import ablation
 
@@ -50,3 +50,17 @@ def test_a_run_that_is_not_on_record_is_named_and_no_store_is_made(tmp_path: Pat
 def test_a_step_has_one_source_of_its_figure(step: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="either run or macro_recall"):
         TrainConfig.model_validate({"name": "moods", "card": {"ablation": [step]}})
+
+
+def test_what_was_learned_from_is_named_where_it_is_used() -> None:
+    values = {
+        "name": "moods",
+        "optimiser": {"rdrop": 0.5},
+        "distillation": {"teachers": [{"weights": "a"}, {"weights": "b"}], "weight": 0.9, "copies": 3},
+    }
+    said = _training({}, TrainConfig.model_validate(values), "train")
+    assert "R-Drop 0.5, seed 0" in said
+    assert "90% of the loss against the mean probabilities of 2 teachers, over the texts and 3 altered copies" in said
+    plain = _training({}, TrainConfig.model_validate({"name": "moods"}), "train")
+    assert "R-Drop" not in plain
+    assert "teachers" not in plain

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overtone.errors import DataError
-from train.data import augment, length_grouped, log_prior, pad, read_labelled, read_split, share_of
+from train.data import alter, augment, length_grouped, log_prior, pad, read_labelled, read_split, share_of
 
 NAMES = ("negative", "neutral", "positive")
 
@@ -135,3 +135,24 @@ def test_padding_is_on_the_right_and_masked() -> None:
     ids, mask = pad([[1, 2, 3], [4]], fill=9)
     assert ids.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("a b c d e f".split()), min_size=1, max_size=12), min_size=1, max_size=8),
+    st.integers(),
+)
+def test_altered_texts_are_of_the_same_words_and_none_is_empty(rows: list[list[str]], seed: int) -> None:
+    texts = [" ".join(row) for row in rows]
+    altered = alter(texts, random.Random(seed))
+    assert len(altered) == len(texts)
+    known = {word for row in rows for word in row}
+    assert all(text and set(text.split()) <= known for text in altered)
+    assert altered == alter(texts, random.Random(seed))
+
+
+def test_most_texts_are_altered() -> None:
+    texts = [" ".join(f"w{number}" for number in range(start, start + 20)) for start in range(0, 4000, 20)]
+    altered = alter(texts, random.Random(0))
+    assert sum(one != other for one, other in zip(texts, altered, strict=True)) > 0.9 * len(texts)
+    kept = [len(set(one.split()) & set(other.split())) for one, other in zip(texts, altered, strict=True)]
+    assert 12 < sum(kept) / len(kept) < 19

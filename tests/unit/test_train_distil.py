@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from overtone.errors import ConfigurationError
-from train.config import TeacherConfig
+from train.config import TeacherConfig, TrainConfig
 from train.data import LabelledTexts
-from train.distil import soft_labels
+from train.distil import lessons, soft_labels
 from train.encoder import locate
 
 ROWS = LabelledTexts(("a", "b c", "d", "e"), np.array([0, 1, 1, 2]))
@@ -83,3 +83,33 @@ def test_a_teacher_that_is_not_there_or_not_of_the_same_labels(teachers: list[Pa
         said([tmp_path], TEXTS)
     with pytest.raises(ConfigurationError, match="knows 3 labels, the run 2"):
         soft_labels([TeacherConfig(weights=str(teachers[0]))], ROWS, TEXTS, 2, lambda done, total: None)
+
+
+def test_copies_come_after_the_texts_with_the_labels_that_teachers_give(teachers: list[Path]) -> None:
+    train = LabelledTexts(
+        ("a fine day http", "no", "the meeting is at noon", "a b c d e"), np.array([0, 1, 1, 2]), "sha"
+    )
+    said_by = [{"weights": str(folder)} for folder in teachers]
+    config = TrainConfig.model_validate(
+        {"name": "x", "model": {"precision": "fp32"}, "distillation": {"teachers": said_by, "copies": 3}}
+    )
+    told: list[tuple[int, int]] = []
+    learned, soft = lessons(config, train, lambda done, total: told.append((done, total)))
+
+    assert learned.texts[:4] == train.texts
+    assert len(learned.texts) == len(learned.labels) == len(soft) == 16
+    assert learned.labels[:4].tolist() == [0, 1, 1, 2]
+    np.testing.assert_array_equal(learned.labels[4:], soft[4:].argmax(axis=1))
+    np.testing.assert_allclose(soft[:1], said(teachers, ["a fine day"]), rtol=1e-3)
+    assert told[-1] == (32, 32)
+    again, same = lessons(config, train, lambda done, total: None)
+    assert again.texts == learned.texts
+    np.testing.assert_array_equal(same, soft)
+
+
+def test_without_copies_the_texts_are_those_of_training(teachers: list[Path]) -> None:
+    config = TrainConfig.model_validate({"name": "x", "distillation": {"teachers": [{"weights": str(teachers[0])}]}})
+    learned, soft = lessons(config, ROWS, lambda done, total: None)
+    assert learned.texts == ROWS.texts
+    assert learned.labels.tolist() == ROWS.labels.tolist()
+    assert soft.shape == (4, 3)
