@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -124,11 +124,11 @@ class _Worker:
         return self._rate(self._wide.classify, self._sorted_batches(budget_tokens), seconds)
 
     def plain(self, seconds: float) -> float:
-        self._plain = self._plain or _PlainSession(self._bundle.model_path)
+        self._plain = self._plain or PlainSession(self._bundle.model_path)
         return self._rate(self._plain.classify, _in_groups(self._token_ids), seconds)
 
     def baseline(self, seconds: float, model: Path, threads: int) -> float:
-        self._baseline = self._baseline or _PlainSession(model, threads)
+        self._baseline = self._baseline or PlainSession(model, threads)
         batches = _in_groups(sorted(self._token_ids, key=len))
         self._dice.shuffle(batches)
         return self._rate(self._baseline.classify, batches, seconds)
@@ -162,15 +162,15 @@ class _Worker:
         return done / (now - started)
 
 
-class _PlainSession:
+class PlainSession:
     """ONNX Runtime as it comes."""
 
-    def __init__(self, model: Path, threads: int = 0) -> None:
+    def __init__(self, model: Path, threads: int = 0, providers: Sequence[str] | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self._session: Any = onnxruntime.InferenceSession(str(model), options)
+        self._session: Any = onnxruntime.InferenceSession(str(model), options, providers=providers)
 
     def classify(self, token_ids: list[list[int]]) -> None:
         inputs = self._session.get_inputs()

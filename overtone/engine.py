@@ -7,6 +7,7 @@ runtime are its own business. `classify` blocks, so asynchronous callers give it
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -48,7 +49,7 @@ class Engine(Protocol):
 class OnnxEngine:
     """ONNX Runtime on one device. Threads may share one; each call runs on the same pool of `threads`.
 
-    `CUDA` and `TENSORRT` have not been run on a device yet; what they do otherwise than `CPU` was run on a CPU alone.
+    `TENSORRT` has not been run on a device yet; what it does otherwise than `CPU` was run on a CPU alone.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1, device: Device = CPU) -> None:
@@ -268,5 +269,5 @@ def pad(token_ids: Sequence[Sequence[int]], dtype: type[np.integer[Any]]) -> tup
     lengths = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids))
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.zeros(mask.shape, dtype=dtype)
-    ids[mask] = np.concatenate([np.asarray(row, dtype=dtype) for row in token_ids])
+    ids[mask] = np.fromiter(chain.from_iterable(token_ids), dtype, lengths.sum())
     return ids, mask.astype(dtype)

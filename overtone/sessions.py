@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -39,8 +39,8 @@ class Device:
     provider: str
     """Name of the execution provider; what it has no kernel for runs on the CPU."""
     disabled_fusions: tuple[str, ...] = ()
-    binds: bool = False
-    """Whether inputs and outputs are bound, so that they cross to the device and back once a batch."""
+    takes_turns: bool = False
+    """Whether of the batches of a process one runs at a time."""
     memory: str = "cpu"
     """ONNX Runtime's name of the kind of memory that buffers are allocated in."""
     captures: bool = False
@@ -56,8 +56,8 @@ class Device:
 
 
 CPU = Device("CPUExecutionProvider", SLOW_FUSIONS)
-CUDA = Device("CUDAExecutionProvider", binds=True, memory="cuda", captures=True)
-TENSORRT = Device("TensorrtExecutionProvider", binds=True, memory="cuda", takes_all=True)
+CUDA = Device("CUDAExecutionProvider", takes_turns=True, memory="cuda", captures=True)
+TENSORRT = Device("TensorrtExecutionProvider", takes_turns=True, memory="cuda", takes_all=True)
 """`tensorrt_for` says how it runs a given bundle."""
 
 
@@ -176,8 +176,8 @@ class PlainRunner:
         self._session = None
 
 
-class BoundRunner:
-    """Inputs are bound to the caller's arrays and cross to the device and back once a batch."""
+class DeviceRunner:
+    """A model on a device that others of the process use too."""
 
     def __init__(self, session: Any, signature: Signature, max_rows: int | None = None) -> None:
         """Use `session` from now on, for at most `max_rows` rows at once."""
@@ -190,7 +190,7 @@ class BoundRunner:
         step = self._max_rows or len(ids)
         parts = [slice(start, start + step) for start in range(0, len(ids), step)]
         with _RUNNING:
-            return np.concatenate([run_bound(self._session, self.signature, ids[one], mask[one]) for one in parts])
+            return np.concatenate([run_ungraphed(self._session, self.signature, ids[one], mask[one]) for one in parts])
 
     def close(self) -> None:
         """See `Runner.close`."""
@@ -199,7 +199,7 @@ class BoundRunner:
 
 
 class GraphRunner:
-    """Batches that fit a bucket are padded to it and run as a captured graph; others as by `BoundRunner`.
+    """Batches that fit a bucket are padded to it and run as a captured graph; others as by `DeviceRunner`.
 
     ONNX Runtime keeps a captured graph with the thread that captured it, so everything runs on one thread of this
     runner's own. A graph reads and writes the addresses it was captured with, so each bucket keeps its buffers.
@@ -230,7 +230,7 @@ class GraphRunner:
         rows, length = ids.shape
         bucket = bucket_for(tuple(self._slots), rows, length)
         if bucket is None:
-            return self._on_thread(lambda: run_bound(self._session, self.signature, ids, mask))
+            return self._on_thread(lambda: run_ungraphed(self._session, self.signature, ids, mask))
         slot = self._slots[bucket]
         return self._on_thread(lambda: slot.run(*fill(bucket, ids, mask))[:rows])
 
@@ -249,7 +249,7 @@ class GraphRunner:
         first, second = (_sample(slot.bucket, self.signature.ids, seed) for seed in (0, 1))
         slot.run(*first)
         given = slot.run(*second)
-        expected = run_bound(self._session, self.signature, *second)
+        expected = run_ungraphed(self._session, self.signature, *second)
         if not np.allclose(given, expected, rtol=_REPLAY_TOLERANCE, atol=_REPLAY_TOLERANCE):
             shape = f"{slot.bucket.rows} x {slot.bucket.length}"
             raise EngineError(f"The graph captured for {shape} does not give what the model gives.")
@@ -296,17 +296,13 @@ class _Slot:
         return np.array(self._output.numpy())
 
 
-def run_bound(session: Any, signature: Signature, ids: Array, mask: Array) -> Array:
-    """The logits of a padded batch of any shape, by a binding of its own and without a graph."""
-    binding = session.io_binding()
-    for name, values in signature.feed(ids, mask).items():
-        binding.bind_cpu_input(name, values)
-    binding.bind_output(signature.output, "cpu")
-    session.run_with_iobinding(binding, run_options(-1))
-    logits: Array = binding.copy_outputs_to_cpu()[0]
+def run_ungraphed(session: Any, signature: Signature, ids: Array, mask: Array) -> Array:
+    """The logits of a padded batch of any shape, without a graph."""
+    logits: Array = session.run([signature.output], signature.feed(ids, mask), run_options(-1))[0]
     return logits
 
 
+@cache
 def run_options(graph: int) -> Any:
     """Options of a run that captures or replays the graph numbered `graph`, from 1; -1: neither."""
     from onnxruntime import RunOptions
@@ -323,7 +319,7 @@ def open_runner(bundle: Bundle, threads: int, device: Device) -> Runner:
     Raises:
         BundleError: the file is no ONNX model, or not one of the shape a bundle has, or the device cannot be started.
     """
-    if not device.binds:
+    if not device.takes_turns:
         session = _open_session(bundle, threads, device)
         return PlainRunner(session, Signature.of(session, bundle))
     with _OPENING:
@@ -337,7 +333,7 @@ def open_runner(bundle: Bundle, threads: int, device: Device) -> Runner:
             session = _open_session(bundle, threads, device)
     if reason:
         get_logger().warning("engine.graphs_refused", reason=reason)
-    return BoundRunner(session, Signature.of(session, bundle), device.max_rows)
+    return DeviceRunner(session, Signature.of(session, bundle), device.max_rows)
 
 
 @contextmanager

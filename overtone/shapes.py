@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 MAX_BATCH_TOKENS = 16_384
 """Most padded tokens a batch is planned to have, on any machine."""
-MAX_BUCKETS = 24
+MAX_BUCKETS = 28
 """Each is a captured graph, with memory of its own on the device and a moment at load."""
 MAX_BUCKET_TOKENS = 2048
 """Above this a GPU is busy for longer than starting its kernels takes, and padding costs more than a graph saves."""
 
-_MAX_ROWS = 32
+_MAX_ROWS = 128
+_USUAL_ROWS = 32
 _MIN_LENGTH = 16
 
 
@@ -91,7 +92,7 @@ def shape_profile(max_length: int, batch_tokens: int = MAX_BATCH_TOKENS) -> Prof
     """
     rows = max(1, batch_tokens // max_length)
     return Profile(
-        Bucket(1, 1), Bucket(min(rows, _MAX_ROWS), min(max_length, 2 * _MIN_LENGTH)), Bucket(rows, max_length)
+        Bucket(1, 1), Bucket(min(rows, _USUAL_ROWS), min(max_length, 2 * _MIN_LENGTH)), Bucket(rows, max_length)
     )
 
 

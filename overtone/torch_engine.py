@@ -112,7 +112,7 @@ def usable_target() -> Target:
 class TorchEngine:
     """A bundle's torch form. Threads may share one.
 
-    On a CPU each call uses `threads` threads. `cuda` has not been run on a device yet.
+    On a CPU each call uses `threads` threads.
     """
 
     def __init__(self, bundle: Bundle, threads: int = 1, target: Target | None = None) -> None:

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import gpu
 from benchmarks.bare_engine import usable_cores
 from benchmarks.client import Stream, arrivals, content_length, run
 from benchmarks.load import Load, Target, batch_bodies, in_groups
 from benchmarks.results import Result, machine, ratio, write
 from benchmarks.samples import closed_figures, growth, open_figures, percentile, recovery_s
 from benchmarks.texts import read_texts, synthetic_texts, with_long_texts
+from overtone.bundle import Bundle
 from overtone.errors import DataError
 
 TARGET = Target("http://127.0.0.1:1", "X-API-Key", "secret")
@@ -200,3 +202,24 @@ async def test_a_request_that_is_never_answered_has_no_status(tmp_path: Path, ra
         port = server.sockets[0].getsockname()[1]
         seen = (await run("127.0.0.1", port, [stream(tmp_path, rate=rate, seconds=0.05, connections=2)]))["it"]
     assert set(seen[:, 3]) <= {0.0}
+
+
+def test_engines_are_measured_beside_a_plain_session_and_what_cannot_run_is_told(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    output = tmp_path / "gpu.json"
+    gpu.main(
+        bundle=tiny_bundle.path,
+        engine=["onnx-cpu", "onnx-cuda"],
+        tokens=[64, 256],
+        seconds=0.05,
+        rounds=2,
+        provider="CPUExecutionProvider",
+        output=output,
+    )
+    written = json.loads(output.read_text())
+    speed = written["results"]["gpu.onnx-cpu.64.ratio_to_plain"]
+    assert len(speed["detail"]["samples"]) == 2
+    assert speed["detail"]["texts_per_s"] > 0
+    assert written["results"]["gpu.onnx-cpu.lone_text"]["value"] > 0
+    assert "no CUDA device" in written["unavailable"]["onnx-cuda"]

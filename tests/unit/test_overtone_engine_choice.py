@@ -102,16 +102,16 @@ def test_a_device_that_fails_to_start_is_done_without_unless_it_was_asked_for(
         open_engine(tiny_bundle, wanted="onnx-cuda", providers=ON_GPU)
 
 
-def test_bound_inputs_give_the_same_scores(tiny_bundle: Bundle) -> None:
-    bound = OnnxEngine(tiny_bundle, device=Device(CPU.provider, CPU.disabled_fusions, binds=True))
-    np.testing.assert_array_equal(bound.classify(TEXTS), OnnxEngine(tiny_bundle).classify(TEXTS))
+def test_a_device_that_takes_turns_gives_the_same_scores(tiny_bundle: Bundle) -> None:
+    device = OnnxEngine(tiny_bundle, device=Device(CPU.provider, CPU.disabled_fusions, takes_turns=True))
+    np.testing.assert_array_equal(device.classify(TEXTS), OnnxEngine(tiny_bundle).classify(TEXTS))
     with pytest.raises(EngineError, match="batch of"):
-        bound.classify([[1, 99, 2]])
+        device.classify([[1, 99, 2]])
 
 
 def test_the_cpu_can_be_asked_for(tiny_bundle: Bundle) -> None:
     assert open_engine(tiny_bundle, wanted="onnx-cpu").classify(TEXTS).shape == (3, 3)
-    assert CUDA.binds
+    assert CUDA.takes_turns
     assert not CUDA.disabled_fusions
 
 

@@ -69,7 +69,7 @@ def test_tensorrt_that_does_not_start_is_an_error(tiny_bundle: Bundle, tmp_path:
 
 def test_a_model_that_the_provider_cannot_run_whole_is_refused(tiny_bundle: Bundle) -> None:
     # This provider of the runtime here takes no operator at all.
-    device = Device("AzureExecutionProvider", binds=True, takes_all=True)
+    device = Device("AzureExecutionProvider", takes_turns=True, takes_all=True)
     if device.provider not in onnxruntime.get_available_providers():
         pytest.skip("this runtime has no provider that takes nothing")
     with pytest.raises(BundleError, match=r"export\.operators: standard"):
@@ -78,7 +78,7 @@ def test_a_model_that_the_provider_cannot_run_whole_is_refused(tiny_bundle: Bund
 
 def test_more_rows_than_it_runs_at_once_are_run_in_parts(tiny_bundle: Bundle) -> None:
     texts = [[1, 4, 2], [1, 8, 8, 9, 2], [1, 2], [1, 6, 4, 5, 5, 5, 2], [1, 7, 2]]
-    parts = OnnxEngine(tiny_bundle, device=Device(CPU.provider, CPU.disabled_fusions, binds=True, max_rows=2))
+    parts = OnnxEngine(tiny_bundle, device=Device(CPU.provider, CPU.disabled_fusions, takes_turns=True, max_rows=2))
     np.testing.assert_allclose(parts.classify(texts), OnnxEngine(tiny_bundle).classify(texts), atol=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_one_process_at_a_time_opens_with_a_folder(tiny_bundle: Bundle, tmp_path
     import fcntl
 
     folder = tmp_path / "built"
-    device = Device(CPU.provider, binds=True, folder=folder)
+    device = Device(CPU.provider, takes_turns=True, folder=folder)
     open_runner(tiny_bundle, 1, device).close()
     waiting = multiprocessing.get_context("spawn").Process(target=_open, args=(tiny_bundle.path, folder))
     with (folder / "lock").open("w") as lock:
@@ -103,7 +103,7 @@ def test_one_process_at_a_time_opens_with_a_folder(tiny_bundle: Bundle, tmp_path
 def test_a_folder_that_cannot_be_made_is_named(tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match="cannot be written"):
-        open_runner(tiny_bundle, 1, Device(CPU.provider, binds=True, folder=tmp_path / "file" / "built"))
+        open_runner(tiny_bundle, 1, Device(CPU.provider, takes_turns=True, folder=tmp_path / "file" / "built"))
 
 
 def _waits_for_a_lock(pid: int | None) -> bool:
@@ -114,4 +114,4 @@ def _waits_for_a_lock(pid: int | None) -> bool:
 def _open(bundle: Path, folder: Path) -> None:
     from overtone.bundle import load_bundle
 
-    open_runner(load_bundle(bundle), 1, Device(CPU.provider, binds=True, folder=folder)).close()
+    open_runner(load_bundle(bundle), 1, Device(CPU.provider, takes_turns=True, folder=folder)).close()
