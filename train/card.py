@@ -129,11 +129,9 @@ def _training(training: Mapping[str, Any], config: TrainConfig, command: str) ->
         f"{f'R-Drop {optimiser.rdrop:g}, ' if optimiser.rdrop else ''}seed {optimiser.seed}",
     ]
     taught = config.distillation
-    if taught.teachers:
+    if teachers := len(taught.teachers):
         copies = f", over the texts and {taught.copies} altered copies of each" if taught.copies else ""
-        lines.append(
-            f"- {taught.weight:.0%} of the loss against the mean probabilities of {len(taught.teachers)} teachers{copies}"
-        )
+        lines.append(f"- {taught.weight:.0%} of the loss against the mean probabilities of {teachers} teachers{copies}")
     if "seconds" in training:
         lines.append(f"- {training['seconds'] / 60:.0f} minutes on {training['device']}")
     return "\n".join(lines) + f"\n\n```\n{command}\n```"
