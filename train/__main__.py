@@ -4,6 +4,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from overtone.settings import Settings, load_settings
 from train.config import TrainConfig, load_config
 from train.data import Split, build_split, read_labelled
 from train.feedback import read_feedback, require_not_erased
+from train.remote import is_remote
 from train.sources import Finding, read_rows, report
 
 if TYPE_CHECKING:
@@ -36,7 +38,10 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     validation: Annotated[Path, typer.Option(help="Validation texts, in the same form.")],
     output: Annotated[Path, typer.Option(help="Folder for the bundle; a bundle in it is replaced.")],
     train: Annotated[
-        Path | None, typer.Option(help="Training texts, .tsv, .csv, .jsonl or .parquet: columns label and text.")
+        Path | None,
+        typer.Option(
+            help="Training texts, .tsv, .csv, .jsonl or .parquet: a file, folder or address. Columns label and text."
+        ),
     ] = None,
     from_feedback: Annotated[
         bool, typer.Option("--from-feedback", help="Train on the feedback in the database, beside --train if given.")
@@ -103,7 +108,8 @@ class _Job:
 
     def run(self, name: str, storage: str, address: str | None, *, registers: bool) -> None:
         # Data and folders are checked before the libraries that take seconds to import.
-        split = self._read()
+        with self._cluster_for_data(address):
+            split = self._read()
         try:
             from train.cluster import ray_cluster
             from train.export import require_bundle_folder
@@ -132,6 +138,14 @@ class _Job:
                 best = run_training(self.config, spec, follow, weights)
             found = self._publish(weights, split, best, steps)
             self._record(tracker, found, split, best["step"], registers=registers)
+
+    def _cluster_for_data(self, address: str | None) -> AbstractContextManager[None]:
+        """The cluster that reads what is not one local file, if anything is."""
+        if not any(is_remote(path) for path in (self.train, self.validation) if path):
+            return nullcontext()
+        from train.cluster import ray_cluster
+
+        return ray_cluster(address)
 
     def _read(self) -> Split:
         from train.snapshot import write_snapshot

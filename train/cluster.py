@@ -1,5 +1,6 @@
 """The Ray cluster that a command works on: one that is there, or one of its own."""
 
+import logging
 import secrets
 import shutil
 import tempfile
@@ -34,6 +35,19 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def quiet_data_context() -> Any:
+    """Ray Data's settings in this process: it draws and prints nothing, and its log stays in the session's files."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
+    return context
 
 
 def _connect(address: str | None, folder: str | None) -> None:

@@ -7,7 +7,6 @@ nothing.
 """
 
 import asyncio
-import logging
 import math
 import sys
 import time
@@ -33,7 +32,7 @@ from overtone.errors import BundleError, ConfigurationError, EngineError, Enviro
 from overtone.logging import configure
 from overtone.registry import Registry, is_in_use
 from overtone.settings import Settings, load_settings, set_default_environment
-from train.cluster import ray_cluster
+from train.cluster import quiet_data_context, ray_cluster
 from train.stages import APPLICATION, PostReader, PredictionWriter, Scorer
 
 if TYPE_CHECKING:
@@ -194,9 +193,9 @@ def _dataset(settings: Settings, bundle: Bundle, wanted: Wanted, plan: Plan) -> 
         import ray.data
     except ImportError as error:
         raise EnvironmentProblemError(f"{error.name} is not installed; pip install 'overtone[train]'") from None
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
-    _quieten(DataContext.get_current())
+    quiet_data_context().execution_no_progress_timeout_s = _NO_PROGRESS_S
     files = ray.put({name: (bundle.path / name).read_bytes() for name in bundle.files})
     one, gpus = ActorPoolStrategy(size=1), _gpus(settings, bundle, wanted.workers)
     spans = [{"first": one.first, "last": one.last} for one in reversed(plan.slices)]
@@ -212,16 +211,6 @@ def _dataset(settings: Settings, bundle: Bundle, wanted: Wanted, plan: Plan) -> 
         )
         .map_batches(PredictionWriter, fn_constructor_args=(bundle.version, bundle.labels), compute=one, num_cpus=0)
     )
-
-
-def _quieten(context: Any) -> None:
-    """This command shows its own progress; Ray Data's log stays in the files of the session."""
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = _NO_PROGRESS_S
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.CRITICAL)
 
 
 def _gpus(settings: Settings, bundle: Bundle, workers: int) -> int:

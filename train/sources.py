@@ -1,5 +1,5 @@
-"""Where labelled texts come from: files of four kinds and data sets of the Hugging Face hub, read with the place of
-every row, and what is wrong with rows.
+"""Where labelled texts come from: files of four kinds, here or elsewhere, and data sets of the Hugging Face hub, read
+with the place of every row, and what is wrong with rows.
 
 What is wrong is told as a report: how many rows, on which lines, and why. The texts themselves are never in it.
 """
@@ -21,6 +21,7 @@ from overtone.errors import DataError
 from overtone.schema import MAX_TEXT_CHARS
 from overtone.text import has_lone_surrogate, normalise
 from train.hub import PREFIX, Found, hub_rows
+from train.remote import is_remote, read_files
 
 _SHOWN_LINES = 5
 _SHOWN_LABEL = re.compile(r"[\w-]{1,20}")
@@ -71,8 +72,9 @@ class Finding:
 
 
 def read_rows(path: Path, names: Sequence[str]) -> Rows:
-    """The rows of a file, all fit to be used: .tsv, .txt (tab-separated), .csv, .jsonl, .ndjson or .parquet; or of a
-    data set of the hub, written hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.
+    """The rows of a file, all fit to be used: .tsv, .txt (tab-separated), .csv, .jsonl, .ndjson or .parquet; of all
+    such files of a folder, or at an address such as s3://…; or of a data set of the hub, written hf:NAME:SPLIT or
+    hf:NAME:CONFIG:SPLIT.
 
     Columns or fields `label` and `text`; `post_id`, `author_id` and `annotator` are read where they are there.
 
@@ -82,26 +84,28 @@ def read_rows(path: Path, names: Sequence[str]) -> Rows:
             header: with how many of each and on which lines.
     """
     if str(path).startswith(PREFIX):
-        return _fit(str(path), hub_rows(str(path)), names)
+        return _fit(str(path), [(str(path), hub_rows(str(path)))], names)
+    if is_remote(path):
+        return _fit(str(path), read_files(path, tuple(_READERS), _parse), names)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: name it {', '.join(_READERS)} after what it is")
     raw = _read_bytes(path)
-    return _fit(str(path), reader(path, raw), names, hashlib.sha256(raw).hexdigest())
+    return _fit(str(path), [(str(path), reader(path, raw))], names, hashlib.sha256(raw).hexdigest())
 
 
-def _fit(name: str, rows: Iterable[Found], names: Sequence[str], sha256: str = "") -> Rows:
-    flaws: dict[str, list[int]] = {}
+def _fit(name: str, parts: Iterable[tuple[str, Iterable[Found]]], names: Sequence[str], sha256: str = "") -> Rows:
+    """The rows of the files `parts`, each with its name, as those of the one source `name`."""
+    flaws: dict[tuple[str, str], list[int]] = {}
     kept = []
-    for line, found in rows:
-        if isinstance(found, str):
-            flaws.setdefault(found, []).append(line)
-        elif problem := row_problem(found, names):
-            flaws.setdefault(problem, []).append(line)
+    for file, line, found in ((file, *row) for file, rows in parts for row in rows):
+        problem = found if isinstance(found, str) else row_problem(found, names)
+        if problem or isinstance(found, str):
+            flaws.setdefault((file, problem or ""), []).append(line)
         else:
-            kept.append(_row(name, line, found))
+            kept.append(_row(file, line, found))
     if flaws:
-        raise DataError(report([Finding(name, reason, tuple(lines)) for reason, lines in flaws.items()]))
+        raise DataError(report([Finding(file, reason, tuple(lines)) for (file, reason), lines in flaws.items()]))
     if not kept:
         raise DataError(f"{name}: holds no rows")
     return Rows(name, tuple(kept), sha256 or _digest(kept))
@@ -124,6 +128,10 @@ def require_classes(rows: Rows) -> None:
     if len({row.label for row in rows.rows}) < 2:
         count = len(rows.rows)
         raise DataError(f"{rows.name}: all {count} rows have the same label; a classifier needs at least two")
+
+
+def _parse(path: Path, raw: bytes) -> Iterator[Found]:
+    return _READERS[path.suffix.lower()](path, raw)
 
 
 def _read_bytes(path: Path) -> bytes:
