@@ -3,7 +3,6 @@
 Every file is read and parsed by a task of the cluster, whole, so that what is wrong with its rows is told by line.
 """
 
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +26,7 @@ def read_files(
 ) -> list[tuple[str, list[Parsed]]]:
     """The name of each file at `place` that ends in one of `suffixes`, and what `parse` makes of it, by name.
 
-    Works on the cluster that this process is connected to, on that of RAY_ADDRESS, or on one of its own.
+    Works on the cluster that this process is connected to, or on one of its own.
 
     Raises:
         DataError: `place` cannot be read or has no such file, or `parse` raised one.
@@ -46,7 +45,7 @@ def read_files(
             return {"name": name, "error": error.message, "found": b""}
 
     extensions = [suffix.removeprefix(".") for suffix in suffixes]
-    with ray_cluster(os.environ.get("RAY_ADDRESS")):
+    with ray_cluster(None):
         quiet_data_context()
         try:
             files = ray.data.read_binary_files(address, include_paths=True, file_extensions=extensions)
