@@ -99,9 +99,10 @@ def _fit(name: str, parts: Iterable[tuple[str, Iterable[Found]]], names: Sequenc
     flaws: dict[tuple[str, str], list[int]] = {}
     kept = []
     for file, line, found in ((file, *row) for file, rows in parts for row in rows):
-        problem = found if isinstance(found, str) else row_problem(found, names)
-        if problem or isinstance(found, str):
-            flaws.setdefault((file, problem or ""), []).append(line)
+        if isinstance(found, str):
+            flaws.setdefault((file, found), []).append(line)
+        elif problem := row_problem(found, names):
+            flaws.setdefault((file, problem), []).append(line)
         else:
             kept.append(_row(file, line, found))
     if flaws:
