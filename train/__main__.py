@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from overtone.errors import ConfigurationError, OvertoneError
+from overtone.errors import ConfigurationError
 from overtone.logging import configure
 from overtone.settings import Settings, load_settings
 from train.config import TrainConfig, load_config
 from train.data import Split, build_split, read_labelled
+from train.exits import as_exit_code
 from train.feedback import read_feedback, require_not_erased
 from train.remote import is_remote
 from train.sources import Finding, read_rows, report
@@ -65,8 +66,7 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     ] = None,
 ) -> None:
     """Fine-tune an encoder on Ray Train and export it as a bundle: fused, int8, calibrated, checked."""
-    console = Console(stderr=True)
-    try:
+    with as_exit_code(ConfigurationError) as console:
         if train is None and not from_feedback:
             raise ConfigurationError("say what to train on: --train, --from-feedback or both")
         settings = load_settings()
@@ -85,9 +85,6 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
 
             decision = decide_and_promote(settings, CHALLENGER, CHAMPION, gate, load_rules(None))
             show_decision(console, decision)
-    except OvertoneError as error:
-        console.print(f"[red]error:[/red] {error.message}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from None
 
 
 class _Job:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from overtone.errors import DataError, OvertoneError
+from overtone.errors import DataError
 from overtone.logging import configure
 from overtone.settings import load_settings
 from train.config import load_config
 from train.data import read_split
+from train.exits import as_exit_code
 from train.publish import publish
 from train.tracking import ablation
 
@@ -59,8 +59,7 @@ def command(
     assign: Annotated[list[str] | None, typer.Option("--set", help="Override a value: section.name=value.")] = None,
 ) -> None:
     """Average the weights of checkpoints and export the result as a bundle."""
-    console = Console(stderr=True)
-    try:
+    with as_exit_code() as console:
         settings = load_settings()
         configure("train", settings.log_level, settings.log_format)
         chosen = load_config(config, settings, assign or [])
@@ -72,9 +71,6 @@ def command(
             facts = {"averaged_checkpoints": len(weights), **({"ablation": steps} if steps else {})}
             shown = "python -m train.average " + shlex.join(sys.argv[1:])
             publish(mean, output, chosen, split, facts, shown, console)
-    except OvertoneError as error:
-        console.print(f"[red]error:[/red] {error.message}", highlight=False)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

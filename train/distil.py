@@ -5,7 +5,7 @@ people does not (Hinton et al. 2015, "Distilling the knowledge in a neural netwo
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +18,13 @@ from train.config import TeacherConfig, TrainConfig
 from train.data import LabelledTexts, alter, augment, log_prior, pad
 from train.encoder import encoder_of, open_trained
 from train.optimiser import products_in
+from train.progress import Counted
 
 _BATCH_TOKENS = 8192
 _SEED = 0
 
-Progress = Callable[[int, int], None]
-"""Takes the texts that are done and all there are."""
 
-
-def lessons(config: TrainConfig, train: LabelledTexts, progress: Progress) -> tuple[LabelledTexts, NDArray[np.float32]]:
+def lessons(config: TrainConfig, train: LabelledTexts, progress: Counted) -> tuple[LabelledTexts, NDArray[np.float32]]:
     """What a student learns from, and the teachers' probabilities of it, float32 [texts, labels].
 
     That is `train` and, after it, `distillation.copies` altered copies of each text, labelled by the teachers alone.
@@ -50,7 +48,7 @@ def soft_labels(
     rows: LabelledTexts,
     texts: Sequence[str],
     labels: int,
-    progress: Progress,
+    progress: Counted,
     *,
     precision: Literal["bf16", "fp32"] = "fp32",
 ) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """The pretrained encoder a run starts from, and its tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,11 @@ def open_classifier(config: ModelConfig, labels: Sequence[str]) -> Any:
         ConfigurationError: the encoder cannot be read.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
     from train.pooling import classifier_class
 
-    logging.set_verbosity_error()  # it warns of the fresh head that is meant to be fresh
     folder = locate(config.name)
-    try:
+    with _reading(config):
         shape = AutoConfig.from_pretrained(
             folder,
             num_labels=len(labels),
@@ -87,6 +86,27 @@ def open_classifier(config: ModelConfig, labels: Sequence[str]) -> Any:
             config=shape,
             ignore_mismatched_sizes=True,  # an encoder with a head for other labels gets a fresh one
         )
+
+
+def open_guesser(config: ModelConfig) -> Any:
+    """The encoder with a head that guesses masked tokens, fresh where it has none, as a torch module in fp32.
+
+    Raises:
+        ConfigurationError: the encoder cannot be read.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    with _reading(config):
+        return AutoModelForMaskedLM.from_pretrained(locate(config.name))
+
+
+@contextmanager
+def _reading(config: ModelConfig) -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it warns of the fresh head that is meant to be fresh
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"model.name={config.name}: the encoder cannot be read: {error}") from None
 

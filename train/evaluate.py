@@ -16,6 +16,7 @@ from overtone.logging import configure
 from overtone.settings import load_settings
 from train.data import read_labelled
 from train.evaluation import Evaluation, measure
+from train.exits import as_exit_code
 from train.scores import Scores
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -99,7 +100,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Score a bundle on labelled texts: recall, F1, accuracy, calibration, slices, robustness, speed and size."""
-    try:
+    with as_exit_code(OvertoneError):
         settings = load_settings()
         configure("train", settings.log_level, settings.log_format)
         opened = load_bundle(bundle)
@@ -108,9 +109,6 @@ def command(
             from train.report import write_report
 
             write_report(report, found)
-    except OvertoneError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error.message}", highlight=False)
-        raise typer.Exit(2) from None
     if as_json:
         sys.stdout.buffer.write(orjson.dumps(found.as_dict()) + b"\n")
     else:

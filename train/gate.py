@@ -29,6 +29,7 @@ from train.bootstrap import Interval, intervals, paired_difference
 from train.config import read_values
 from train.data import LabelledTexts, read_labelled
 from train.evaluation import Reader
+from train.exits import as_exit_code
 from train.scores import calibration_error
 from train.slices import SLICES, slices_of
 
@@ -300,22 +301,15 @@ def command(
 
     Exit code 0: it wins; 3: the champion stays; 2: texts, rules or names are wrong; 1: anything else.
     """
-    try:
+    with as_exit_code(ConfigurationError, DataError, NotFoundError):
         settings = load_settings()
         configure("train", settings.log_level, settings.log_format)
         decision = decide_and_promote(settings, challenger, champion, data, load_rules(rules), is_dry_run=dry_run)
-    except OvertoneError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error.message}", highlight=False)
-        raise typer.Exit(_code_of(error)) from None
     if as_json:
         sys.stdout.buffer.write(orjson.dumps(decision.as_dict()) + b"\n")
     else:
         show_decision(Console(), decision)
     raise typer.Exit(exit_code(decision))
-
-
-def _code_of(error: OvertoneError) -> int:
-    return 2 if isinstance(error, ConfigurationError | DataError | NotFoundError) else 1
 
 
 if __name__ == "__main__":

@@ -6,25 +6,25 @@ al. 2020, "Don't Stop Pretraining").
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 
-from overtone.errors import ConfigurationError, DataError, OvertoneError
+from overtone.errors import ConfigurationError, DataError
 from overtone.logging import configure
 from overtone.settings import load_settings
 from overtone.text import normalise
 from train.config import TrainConfig, load_config
 from train.data import length_grouped, pad
-from train.encoder import encoder_of, locate, open_tokenizer
+from train.encoder import encoder_of, open_guesser, open_tokenizer
+from train.exits import as_exit_code
 from train.optimiser import learning_rate_factor, parameter_groups, products_in
-from train.progress import counted
+from train.progress import Counted, counted
 
 _IGNORED = -100
 """The target, by torch's convention, of a token that is not to be guessed."""
@@ -34,8 +34,6 @@ _HELD_OUT = 0.05
 _MOST_HELD_OUT = 1000
 _FEWEST_TEXTS = 20
 
-Progress = Callable[[int, int], None]
-"""Takes the steps that are done and all there are."""
 Rows = Sequence[list[int]]
 
 
@@ -66,9 +64,6 @@ class Pretraining:
         Raises:
             ConfigurationError: the encoder cannot be read, or its tokenizer knows no mask.
         """
-        from transformers import AutoModelForMaskedLM
-        from transformers.utils import logging
-
         self._settings, self._share = config.optimiser, share
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._products = products_in(config.model.precision, self._device)
@@ -77,21 +72,14 @@ class Pretraining:
         self.tokenizer = open_tokenizer(config.model)
         if self.tokenizer.mask_token_id is None:
             raise ConfigurationError(f"model.name={config.model.name}: its tokenizer has no token for a mask")
-        logging.set_verbosity_error()  # it warns of the fresh head that is meant to be fresh
-        try:
-            model = AutoModelForMaskedLM.from_pretrained(locate(config.model.name))
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"model.name={config.model.name}: cannot be read to guess tokens: {error}"
-            ) from None
-        self.model: Any = model.to(self._device)
+        self.model = open_guesser(config.model).to(self._device)
         rows = encoder_of(self.tokenizer, config.model.max_length)(texts)
         self._rng.shuffle(rows)
         held_out = min(max(round(len(rows) * _HELD_OUT), 1), _MOST_HELD_OUT)
         self._apart, self._rows = rows[:held_out], rows[held_out:]
         self._group = config.data.group_batches
 
-    def train(self, progress: Progress) -> None:
+    def train(self, progress: Counted) -> None:
         """Every epoch of the configuration."""
         size, epochs = self._settings.batch_size, self._settings.epochs
         steps = -(-len(self._rows) // size) * epochs
@@ -155,8 +143,7 @@ def command(
     assign: Annotated[list[str] | None, typer.Option("--set", help="Override a value: section.name=value.")] = None,
 ) -> None:
     """Train an encoder on texts without labels."""
-    console = Console(stderr=True)
-    try:
+    with as_exit_code(ConfigurationError) as console:
         settings = load_settings()
         configure("train", settings.log_level, settings.log_format)
         chosen = load_config(config, settings, assign or [])
@@ -172,9 +159,6 @@ def command(
         run.save(output)
         console.print(f"loss on texts kept apart: {before:.3f} before, {after:.3f} after, nats a token")
         console.print(f"encoder written to {output}", highlight=False, soft_wrap=True)
-    except OvertoneError as error:
-        console.print(f"[red]error:[/red] {error.message}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from None
 
 
 if __name__ == "__main__":

@@ -51,8 +51,12 @@ class RunProgress:
             self._console.print(line(metrics), highlight=False, soft_wrap=True)
 
 
+Counted = Callable[[int, int], None]
+"""Takes what is done and all there is."""
+
+
 @contextmanager
-def counted(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+def counted(console: Console, what: str) -> Iterator[Counted]:
     """A function that shows how much of `what` is done: a bar on a terminal, a line at every tenth elsewhere."""
     shown = 0
 

@@ -21,7 +21,6 @@ import orjson
 import ray
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from overtone.bundle import Bundle, load_bundle
@@ -33,6 +32,7 @@ from overtone.logging import configure
 from overtone.registry import Registry, is_in_use
 from overtone.settings import Settings, load_settings, set_default_environment
 from train.cluster import quiet_data_context, ray_cluster
+from train.exits import as_exit_code
 from train.stages import APPLICATION, PostReader, PredictionWriter, Scorer
 
 if TYPE_CHECKING:
@@ -320,8 +320,7 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
 
     Exit code 0: done; 2: a wrong option, setting or bundle; 1: anything else.
     """
-    console = Console(stderr=True)
-    try:
+    with as_exit_code(ConfigurationError, BundleError) as console:
         settings = load_settings()
         configure("rescore", settings.log_level, settings.log_format)
         chosen = load_bundle(bundle) if bundle else champion(settings)
@@ -330,9 +329,6 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
         with showing(console, as_json=as_json) as follow:
             report = rescore(settings, chosen, wanted, address, follow)
         conclude(console, report, is_dry_run=dry_run, as_json=as_json)
-    except OvertoneError as error:
-        console.print(f"[red]error:[/red] {escape(error.message)}", highlight=False)
-        raise typer.Exit(2 if isinstance(error, ConfigurationError | BundleError) else 1) from None
 
 
 if __name__ == "__main__":

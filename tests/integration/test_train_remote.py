@@ -82,7 +82,7 @@ def test_an_address_of_a_file(folder: Path) -> None:
         read_rows(Path(f"file://{folder}/missing.tsv"), NAMES)
 
 
-def test_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket() -> None:
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:

@@ -69,7 +69,6 @@ def test_tokens_are_hidden_in_their_shares_and_special_ones_never(workshop: Path
 
 
 def test_what_follows_from_its_neighbours_is_learned_and_the_encoder_can_be_trained_on(workshop: Path) -> None:
-    told = []
     runner = CliRunner()
     app = Typer()
     app.command()(command)
