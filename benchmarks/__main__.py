@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bare_engine import BareEngine, Job
+from benchmarks.command import run
 from benchmarks.compare import Comparison
 from benchmarks.load import Target
 from benchmarks.measure import Effort, Say, measure_baseline, measure_engine, measure_server, measure_torch
@@ -26,7 +27,7 @@ from benchmarks.server import own_server
 from benchmarks.stress import measure_mixed, measure_open, measure_overload
 from benchmarks.texts import read_texts, synthetic_texts
 from overtone.bundle import Bundle, load_bundle
-from overtone.errors import BundleError, ConfigurationError, OvertoneError, UnauthorizedError
+from overtone.errors import BundleError, ConfigurationError, UnauthorizedError
 from overtone.logging import configure
 from overtone.settings import Settings, load_settings
 
@@ -194,11 +195,7 @@ def _show(run: _Run, output: Path) -> None:
 
 def main() -> None:
     """Run; a failure that has a reason ends with the reason alone."""
-    try:
-        typer.run(bench)
-    except OvertoneError as error:
-        _console.print(f"[red]{error.message}[/]")
-        sys.exit(1)
+    run(bench)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ from overtone.torch_engine import TorchEngine
 
 PLAIN_BATCH = 32
 
+Batch = list[list[int]]
+"""The token ids of its texts."""
+Classify = Callable[[Batch], Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -134,32 +138,46 @@ class _Worker:
         return self._rate(self._baseline.classify, batches, seconds)
 
     def single(self, texts: int) -> list[float]:
-        samples = []
-        for ids in self._dice.sample(self._token_ids, min(texts, len(self._token_ids))):
-            started = time.perf_counter()
-            self._engine.classify([ids])
-            samples.append((time.perf_counter() - started) * 1000)
-        return samples
+        chosen = self._dice.sample(self._token_ids, min(texts, len(self._token_ids)))
+        return lone_ms(self._engine.classify, chosen)
 
-    def _sorted_batches(self, budget_tokens: int) -> list[list[list[int]]]:
-        plan = plan_batches([len(ids) for ids in self._token_ids], budget_tokens)
-        # Shuffled, so that any stretch of time sees short and long texts as often as they occur.
-        self._dice.shuffle(plan)
-        return [[self._token_ids[row] for row in rows] for rows in plan]
+    def _sorted_batches(self, budget_tokens: int) -> list[Batch]:
+        return sorted_batches(self._token_ids, budget_tokens, self._dice)
 
-    def _rate(
-        self, classify: Callable[[list[list[int]]], Any], batches: list[list[list[int]]], seconds: float
-    ) -> float:
+    def _rate(self, classify: Classify, batches: list[Batch], seconds: float) -> float:
         for batch in batches[:3]:
             classify(batch)
-        done = number = 0
+        return texts_per_s(classify, batches, seconds)
+
+
+def sorted_batches(token_ids: Sequence[list[int]], budget_tokens: int, dice: random.Random) -> list[Batch]:
+    """Batches of like length of at most `budget_tokens` padded tokens, in an order by chance."""
+    plan = plan_batches([len(ids) for ids in token_ids], budget_tokens)
+    # Shuffled, so that any stretch of time sees short and long texts as often as they occur.
+    dice.shuffle(plan)
+    return [[token_ids[row] for row in rows] for rows in plan]
+
+
+def texts_per_s(classify: Classify, batches: Sequence[Batch], seconds: float) -> float:
+    """Of `classify` run on `batches`, again from the first after the last, for so long."""
+    done = number = 0
+    started = time.perf_counter()
+    while (now := time.perf_counter()) - started < seconds:
+        batch = batches[number % len(batches)]
+        classify(batch)
+        done += len(batch)
+        number += 1
+    return done / (now - started)
+
+
+def lone_ms(classify: Classify, token_ids: Sequence[list[int]]) -> list[float]:
+    """Milliseconds of each text, one at a time."""
+    samples = []
+    for ids in token_ids:
         started = time.perf_counter()
-        while (now := time.perf_counter()) - started < seconds:
-            batch = batches[number % len(batches)]
-            classify(batch)
-            done += len(batch)
-            number += 1
-        return done / (now - started)
+        classify([ids])
+        samples.append((time.perf_counter() - started) * 1000)
+    return samples
 
 
 class PlainSession:

@@ -5,22 +5,22 @@ each size of them and each engine is measured in turn, round by round.
 """
 
 import random
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bare_engine import PlainSession
+from benchmarks.bare_engine import Batch, Classify, PlainSession, lone_ms, sorted_batches, texts_per_s
+from benchmarks.command import run
 from benchmarks.results import RESULTS, Result, middle, ratio, write
 from benchmarks.texts import synthetic_texts
 from overtone.bundle import Bundle, TextEncoder, load_bundle
-from overtone.engine import check_golden, open_engine, plan_batches
-from overtone.errors import OvertoneError
+from overtone.engine import check_golden, open_engine
+from overtone.errors import ConfigurationError, OvertoneError
 from overtone.sessions import CUDA
 from overtone.settings import WantedEngine
 
@@ -30,13 +30,11 @@ _LONE_TEXTS = 300
 _PLAIN = "plain"
 _console = Console(stderr=True)
 
-Classify = Callable[[list[list[int]]], Any]
-
 
 def main(
     bundle: Annotated[Path, typer.Option(help="Folder of a bundle in fp16 or fp32.")],
     engine: Annotated[
-        list[WantedEngine] | None, typer.Option(help="Engines to measure; default: onnx-cuda and torch.")
+        list[str] | None, typer.Option(help="Engines to measure, as ENGINE names them; default: onnx-cuda and torch.")
     ] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Padded tokens a batch; default: 512 to 131,072.")
@@ -50,20 +48,20 @@ def main(
     chosen = load_bundle(bundle)
     token_ids = TextEncoder(chosen).encode(synthetic_texts(_TEXTS))
     budgets = tokens or [512, 2048, 8192, 32_768, 131_072]
-    engines, unavailable = _open(chosen, engine or ["onnx-cuda", "torch"])
+    planned = {budget: sorted_batches(token_ids, budget, random.Random(0)) for budget in budgets}
+    engines, unavailable = _open(chosen, _known(engine or ["onnx-cuda", "torch"]))
     classify: dict[str, Classify] = {name: one.classify for name, one in engines.items()}
     classify[_PLAIN] = PlainSession(chosen.model_path, providers=[provider]).classify
     rates: dict[tuple[str, int], list[float]] = {}
     lone: dict[str, list[float]] = {}
     with _console.status("starting") as status:
         for number in range(rounds):
-            for budget in budgets:
-                batches = _batches(token_ids, budget)
+            for budget, batches in planned.items():
                 for name, work in classify.items():
                     status.update(f"round {number + 1} of {rounds}: {name}, {budget} tokens a batch")
-                    rates.setdefault((name, budget), []).append(_texts_per_s(work, batches, seconds))
+                    rates.setdefault((name, budget), []).append(_warm_texts_per_s(work, batches, seconds))
             for name, work in classify.items():
-                lone.setdefault(name, []).append(_lone_ms(work, token_ids))
+                lone.setdefault(name, []).append(middle(lone_ms(work, token_ids[:_LONE_TEXTS])))
     for one in engines.values():
         one.close()
     results: dict[str, Result] = {}
@@ -77,6 +75,13 @@ def main(
     _show(rates, lone, budgets)
     for name, reason in unavailable.items():
         _console.print(f"{name} was not measured: {reason}", highlight=False, markup=False)
+
+
+def _known(names: Sequence[str]) -> list[WantedEngine]:
+    known: tuple[WantedEngine, ...] = get_args(WantedEngine)
+    if unknown := set(names).difference(known):
+        raise ConfigurationError(f"--engine {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+    return [one for one in known if one in names]
 
 
 def _open(bundle: Bundle, names: Sequence[WantedEngine]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -93,36 +98,14 @@ def _open(bundle: Bundle, names: Sequence[WantedEngine]) -> tuple[dict[str, Any]
     return engines, unavailable
 
 
-def _batches(token_ids: Sequence[list[int]], budget: int) -> list[list[list[int]]]:
-    plan = plan_batches([len(ids) for ids in token_ids], budget)
-    random.Random(0).shuffle(plan)
-    return [[token_ids[row] for row in rows] for rows in plan]
-
-
-def _texts_per_s(classify: Classify, batches: Sequence[list[list[int]]], seconds: float) -> float:
+def _warm_texts_per_s(classify: Classify, batches: Sequence[Batch], seconds: float) -> float:
     # Whatever a shape costs when it is first seen, on a GPU up to seconds, is no part of the speed.
     deadline = time.perf_counter() + seconds
     for batch in batches:
         classify(batch)
         if time.perf_counter() > deadline:
             break
-    done = number = 0
-    started = time.perf_counter()
-    while (now := time.perf_counter()) - started < seconds:
-        batch = batches[number % len(batches)]
-        classify(batch)
-        done += len(batch)
-        number += 1
-    return done / (now - started)
-
-
-def _lone_ms(classify: Classify, token_ids: Sequence[list[int]]) -> float:
-    samples = []
-    for ids in token_ids[:_LONE_TEXTS]:
-        started = time.perf_counter()
-        classify([ids])
-        samples.append((time.perf_counter() - started) * 1000)
-    return middle(samples)
+    return texts_per_s(classify, batches, seconds)
 
 
 def _show(rates: dict[tuple[str, int], list[float]], lone: dict[str, list[float]], budgets: Sequence[int]) -> None:
@@ -134,8 +117,4 @@ def _show(rates: dict[tuple[str, int], list[float]], lone: dict[str, list[float]
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except OvertoneError as error:
-        _console.print(f"[red]{error.message}[/]")
-        sys.exit(1)
+    run(main)

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import run
 from benchmarks.results import RESULTS, Result, ratio, write
 from benchmarks.texts import synthetic_texts
-from overtone.errors import OvertoneError
 from overtone.schema import LABELS
 from train.config import TrainConfig, load_config
 from train.data import read_split
@@ -132,8 +132,4 @@ def _show(results: dict[str, Result]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except OvertoneError as error:
-        _console.print(f"[red]{error.message}[/]")
-        sys.exit(1)
+    run(main)

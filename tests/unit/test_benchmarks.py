@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer import Typer
+from typer.testing import CliRunner
 
 from benchmarks import gpu
 from benchmarks.bare_engine import usable_cores
@@ -17,7 +19,7 @@ from benchmarks.results import Result, machine, ratio, write
 from benchmarks.samples import closed_figures, growth, open_figures, percentile, recovery_s
 from benchmarks.texts import read_texts, synthetic_texts, with_long_texts
 from overtone.bundle import Bundle
-from overtone.errors import DataError
+from overtone.errors import ConfigurationError, DataError
 
 TARGET = Target("http://127.0.0.1:1", "X-API-Key", "secret")
 
@@ -208,18 +210,22 @@ def test_engines_are_measured_beside_a_plain_session_and_what_cannot_run_is_told
     tiny_bundle: Bundle, tmp_path: Path
 ) -> None:
     output = tmp_path / "gpu.json"
-    gpu.main(
-        bundle=tiny_bundle.path,
-        engine=["onnx-cpu", "onnx-cuda"],
-        tokens=[64, 256],
-        seconds=0.05,
-        rounds=2,
-        provider="CPUExecutionProvider",
-        output=output,
+    app = Typer()
+    app.command()(gpu.main)
+    options = (
+        f"--bundle {tiny_bundle.path} --engine onnx-cpu --engine onnx-cuda --tokens 64 --tokens 256 --seconds 0.05"
     )
+    more = f"--rounds 2 --provider CPUExecutionProvider --output {output}"
+    said = CliRunner().invoke(app, f"{options} {more}".split())
+    assert said.exit_code == 0, said.output
     written = json.loads(output.read_text())
     speed = written["results"]["gpu.onnx-cpu.64.ratio_to_plain"]
     assert len(speed["detail"]["samples"]) == 2
     assert speed["detail"]["texts_per_s"] > 0
     assert written["results"]["gpu.onnx-cpu.lone_text"]["value"] > 0
     assert "no CUDA device" in written["unavailable"]["onnx-cuda"]
+
+
+def test_an_engine_that_there_is_not_is_refused(tiny_bundle: Bundle) -> None:
+    with pytest.raises(ConfigurationError, match="--engine cuda: choose from auto, onnx-cpu"):
+        gpu.main(bundle=tiny_bundle.path, engine=["cuda"])

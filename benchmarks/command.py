@@ -1,0 +1,19 @@
+"""How the benchmarks run as commands."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from overtone.errors import OvertoneError
+
+
+def run(command: Callable[..., Any]) -> None:
+    """Run `command` with the options of the command line; an error of ours is a line on stderr and exit code 1."""
+    try:
+        typer.run(command)
+    except OvertoneError as error:
+        Console(stderr=True).print(f"[red]{error.message}[/]")
+        sys.exit(1)
