@@ -19,7 +19,7 @@ class Figures:
 
     requests: int
     requests_per_s: float
-    """Answered with 200: from the first to the last such answer of a closed loop, over the stretch of an open one."""
+    """Answered with 200: over the stretch of an open loop; of a closed one, while all connections were busy."""
     p50_ms: float
     p99_ms: float
     max_ms: float
@@ -38,12 +38,24 @@ def percentile(values: Rows | list[float], share: float) -> float:
     return float(ordered[max(0, int(np.ceil(share * ordered.size)) - 1)])
 
 
-def closed_figures(rows: Rows, counted_from: float) -> Figures:
-    """Of a closed loop, without the answers before `counted_from`."""
+def closed_figures(rows: Rows, connections: int, counted_from: float) -> Figures:
+    """Of a closed loop over so many `connections`, without the answers before `counted_from`.
+
+    The rate is that between the answers to the first request of every connection and the last request sent. A request
+    that was under way at either end counts by the share of its time that lies between them: what was half done at the
+    start would be a gift otherwise, of a tenth where few large requests share every batch.
+    """
     counted = rows[rows[:, 2] >= counted_from]
-    answered = np.sort(counted[counted[:, 3] == 200][:, 2])
-    spread = float(answered[-1] - answered[0]) if answered.size > 1 else 0.0
-    return _figures(counted, (answered.size - 1) / spread if spread else 0.0)
+    good = rows[rows[:, 3] == 200]
+    if not good.size:
+        return _figures(counted, 0.0)
+    first = rows[np.argsort(rows[:, 1], kind="stable")][:connections]
+    start, end = max(counted_from, float(first[:, 2].max())), float(rows[:, 1].max())
+    if end <= start:
+        start, end = float(rows[:, 1].min()), float(rows[:, 2].max())
+    within = np.minimum(good[:, 2], end) - np.maximum(good[:, 1], start)
+    shares = np.clip(within, 0.0, None) / np.maximum(good[:, 2] - good[:, 1], 1e-9)
+    return _figures(counted, float(shares.sum()) / max(end - start, 1e-9))
 
 
 def open_figures(rows: Rows, start: float, end: float) -> Figures:

@@ -68,17 +68,44 @@ def rows(*entries: tuple[float, float, float, int]) -> np.ndarray:
     return np.array(entries, dtype=np.float64).reshape(-1, 4)
 
 
-def test_the_rate_of_a_closed_loop_is_taken_between_the_first_and_the_last_answer() -> None:
+def closed_loop(connections: int, service_s: float, seconds: float, *, is_shared: bool) -> np.ndarray:
+    """What a server of one request in `service_s` gives: in order of arrival, or a like share to all under way."""
+    done: list[tuple[float, float, float, int]] = []
+    now, under_way = 0.0, [[0.0, service_s] for _ in range(connections)]  # when sent, work left
+    while under_way:
+        at_once = len(under_way) if is_shared else 1
+        step = min(left for _, left in under_way[:at_once])
+        now += step * at_once
+        for request in under_way[:at_once]:
+            request[1] -= step
+        ended = [request for request in under_way if request[1] <= 1e-9]
+        under_way = [request for request in under_way if request[1] > 1e-9]
+        done += [(sent, sent, now, 200) for sent, _ in ended]
+        if now < seconds or len(done) < 2 * connections:
+            under_way += [[now, service_s] for _ in ended]
+    return rows(*done)
+
+
+@given(st.integers(1, 8), st.floats(0.05, 1.0), st.floats(2, 10), st.booleans())
+def test_the_rate_of_a_closed_loop_is_the_servers(
+    connections: int, service_s: float, seconds: float, is_shared: bool
+) -> None:
     figures = closed_figures(
-        rows((0, 0, 1, 200), (9.9, 9.9, 10.0, 200), (10.3, 10.3, 10.5, 200), (11.6, 11.6, 12.0, 200)), counted_from=5
+        closed_loop(connections, service_s, seconds, is_shared=is_shared), connections, counted_from=seconds / 6
     )
-    assert figures.requests_per_s == 1.0
-    assert figures.p50_ms == pytest.approx(200)
-    assert figures.statuses == {"200": 3}
+    assert figures.requests_per_s == pytest.approx(1 / service_s, rel=0.02)
+
+
+def test_a_closed_loop_leaves_out_the_answers_before_it_is_counted() -> None:
+    figures = closed_figures(
+        rows((0, 0, 1, 200), (9.9, 9.9, 10.0, 200), (10.3, 10.3, 10.5, 200), (11.6, 11.6, 12.0, 429)), 1, counted_from=5
+    )
+    assert figures.p50_ms == pytest.approx(100)
+    assert figures.statuses == {"200": 2, "429": 1}
 
 
 def test_no_answers_are_no_rate() -> None:
-    assert closed_figures(rows(), 0).requests_per_s == 0
+    assert closed_figures(rows(), 1, 0).requests_per_s == 0
 
 
 def test_an_open_loop_counts_latency_from_when_a_request_was_due() -> None:
