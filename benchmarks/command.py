@@ -1,5 +1,6 @@
 """How the benchmarks run as commands."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,11 @@ from overtone.errors import OvertoneError
 
 
 def run(command: Callable[..., Any]) -> None:
-    """Run `command` with the options of the command line; an error of ours is a line on stderr and exit code 1."""
+    """Run `command` with the options of the command line; an error of ours is a line on stderr and exit code 1.
+
+    Told to end, it stops what it started.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         typer.run(command)
     except OvertoneError as error:

@@ -2,11 +2,13 @@
 
 Batches are pulled, not timed: when the engine frees, the best batch is chosen from all that waits. So a lone request
 never waits for others to come, and under load batches fill by themselves. Choosing is `Backlog`, a data structure
-without clock, task or future; admitting, running and answering is `TokenBatcher`. Plain asyncio, for use from one
-event loop: it knows no engine, no HTTP and no Ray.
+without clock, task or future; admitting, running and answering is `TokenBatcher`, for use from one event loop. The
+choice is made in the engine's own thread at the moment it frees: it neither idles until the event loop comes round, nor
+is given a batch early that a more urgent text then comes too late for. Knows no engine, no HTTP and no Ray.
 """
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,9 +30,6 @@ INTERACTIVE_WASTE = 8
 would wait for a whole one, which bulk rows fill."""
 
 _RATE_MEMORY = 0.9
-_LEAD_SHARE, _LEAD_S = 0.2, 0.002
-"""How long before the engine is expected to free the next batch is chosen: a share of the batch, but no less than the
-event loop and its timers need. Expectations are wrong by some of that share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,8 @@ class Limits:
     """Of full batches, for as long as none was measured: single texts take far longer for each token, so that a queue
     would seem to take as many times longer as it does. Unset: the rate of whatever was run."""
     ahead: int = 1
-    """Batches chosen before the engine frees, while at least `ahead_tokens` wait, so that it never idles. As late as
-    can be, because a text that comes after the choice waits for the whole of that batch."""
+    """Batches ordered before the engine frees, while at least `ahead_tokens` wait beside what is ordered already, so
+    that it never idles. What is in them is chosen when it begins them."""
     ahead_tokens: int = 96
     """Less than a full batch: narrow batches end soon, and a gap between them costs more than a fuller one saves."""
 
@@ -68,7 +67,7 @@ class BatchReport:
     tokens: int
     padded_tokens: int
     queue_s: float
-    """From admission of its oldest row to the engine."""
+    """From admission of its oldest row to the engine's beginning."""
     engine_s: float
     waiting: int
     """Texts that waited behind it when it was done."""
@@ -125,6 +124,9 @@ class Ticket(Generic[Row]):
 Batch = list[tuple[Ticket[Row], int]]
 """Rows, each as its request and its place in it."""
 
+Begin = Callable[[], list[TokenIds]]
+"""Chooses the rows of a batch, maybe none. To be called once, when the engine begins it, from any thread."""
+
 
 class Backlog(Generic[Row]):
     """All rows that wait, and the choice of the next batch among them.
@@ -132,10 +134,11 @@ class Backlog(Generic[Row]):
     The choice: the oldest row, of interactive requests first, then again and again the row of that priority that adds
     least padding, then likewise of the other one, until no further row fits the budget or every one would add too much
     padding. Every `BULK_TURN`th time, half of the budget is filled with bulk rows first. So a row is never passed over
-    by more batches than there were rows before it.
+    by more batches than there were rows before it. For use from any thread.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._queues = {"interactive": _Queue[Row](), "bulk": _Queue[Row]()}
         self._passed_over = 0
 
@@ -159,13 +162,15 @@ class Backlog(Generic[Row]):
 
     def add(self, ticket: Ticket[Row]) -> None:
         """Let the rows of `ticket` wait."""
-        self._queues[ticket.priority].add(ticket)
+        with self._lock:
+            self._queues[ticket.priority].add(ticket)
 
     def drop(self, ticket: Ticket[Row]) -> None:
         """Forget the rows of `ticket` that wait."""
-        if not ticket.dead:
-            ticket.dead = True
-            self._queues[ticket.priority].forget(ticket)
+        with self._lock:
+            if not ticket.dead:
+                ticket.dead = True
+                self._queues[ticket.priority].forget(ticket)
 
     def take(
         self, budget_tokens: int, now: float, waste_tokens: int | None = None
@@ -175,8 +180,9 @@ class Backlog(Generic[Row]):
         batch: Batch[Row] = []
         longest = 0
         expired: list[Ticket[Row]] = []
-        for queue, part in self._turn(room, now, expired):
-            longest = queue.fill(batch, longest, part, now, expired)
+        with self._lock:
+            for queue, part in self._turn(room, now, expired):
+                longest = queue.fill(batch, longest, part, now, expired)
         return batch, expired
 
     def _turn(self, room: "_Room", now: float, expired: list[Ticket[Row]]) -> "list[tuple[_Queue[Row], _Room]]":
@@ -302,18 +308,27 @@ class _Queue(Generic[Row]):
         return not ticket.dead
 
 
+@dataclass(slots=True, eq=False)
+class _Order(Generic[Row]):
+    """A batch that the engine was asked for."""
+
+    batch: Batch[Row] = field(default_factory=list)
+    """Chosen when the engine begins it."""
+    begun_at: float | None = None
+
+
 class TokenBatcher(Generic[Row]):
     """Runs what waits through `classify`, batch by batch."""
 
     def __init__(
         self,
-        classify: Callable[[list[TokenIds]], Awaitable[Sequence[Row]]],
+        classify: Callable[[Begin], Awaitable[Sequence[Row]]],
         *,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[BatchReport], None] | None = None,
     ) -> None:
-        """`classify` gives one result a row, in order, or raises when any row of the batch cannot be classified."""
+        """`classify` begins a batch and gives a result for each row, in order, or raises if one cannot have any."""
         self._classify = classify
         self._limits = limits or Limits()
         self._budget_tokens = 256 if self._limits.budget_tokens is None else self._limits.budget_tokens
@@ -321,11 +336,8 @@ class TokenBatcher(Generic[Row]):
         self._clock = clock
         self._observe = observe
         self._backlog = Backlog[Row]()
-        self._running: dict[asyncio.Task[None], float] = {}
-        # By the batch that the engine runs, the first of those running: how long each takes, and from when on the one
-        # after it may be chosen.
-        self._ahead_from = 0.0
-        self._ahead_timer: asyncio.TimerHandle | None = None
+        self._orders: list[_Order[Row]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._pump_is_due = False
         self._draining = False
         self._idle = asyncio.Event()
@@ -429,89 +441,83 @@ class TokenBatcher(Generic[Row]):
 
     def _pump(self) -> None:
         self._pump_is_due = False
-        while self._may_take():
-            now = self._clock()
-            batch, expired = self._backlog.take(self._budget_tokens, now, self._waste_tokens)
-            for ticket in expired:
-                self._fail(ticket, DeadlineExceededError("The deadline passed while the texts waited for the engine."))
-            if batch:
-                for ticket, _ in batch:
-                    ticket.taken_at = ticket.taken_at or now
-                self._start(batch, now)
-        if not self._running and not self._backlog.waiting:
+        while self._may_order():
+            order = _Order[Row]()
+            self._orders.append(order)
+            task = asyncio.get_running_loop().create_task(self._execute(order))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if not self._orders and not self._backlog.waiting:
             self._idle.set()
 
-    def _may_take(self) -> bool:
-        if not self._backlog.waiting:
+    def _may_order(self) -> bool:
+        if not self._orders:
+            return self._backlog.waiting > 0
+        if len(self._orders) > self._limits.ahead:
             return False
-        if not self._running:
-            return True
-        if len(self._running) > self._limits.ahead or self._backlog.waiting_tokens < self._limits.ahead_tokens:
-            return False
-        early_s = self._ahead_from - self._clock()
-        if early_s > 0 and self._ahead_timer is None:
-            self._ahead_timer = asyncio.get_running_loop().call_later(early_s, self._pump_ahead)
-        return early_s <= 0
+        ordered = self._budget_tokens * sum(order.begun_at is None for order in self._orders)
+        return self._backlog.waiting_tokens - ordered >= self._limits.ahead_tokens
 
-    def _pump_ahead(self) -> None:
-        self._ahead_timer = None
-        self._pump()
+    def _begin(self, order: _Order[Row], loop: asyncio.AbstractEventLoop) -> list[TokenIds]:
+        """Choose what is in `order`. In the engine's thread."""
+        now = self._clock()
+        batch, expired = self._backlog.take(self._budget_tokens, now, self._waste_tokens)
+        for ticket, _ in batch:
+            ticket.taken_at = ticket.taken_at or now
+        order.batch, order.begun_at = batch, now
+        if expired:
+            loop.call_soon_threadsafe(self._expire, expired)
+        elif len(self._orders) <= self._limits.ahead and self._backlog.waiting_tokens >= self._limits.ahead_tokens:
+            loop.call_soon_threadsafe(self._pump_soon)
+        return _rows(batch)
 
-    def _start(self, batch: Batch[Row], now: float) -> None:
-        tokens = sum(len(ticket.token_ids[index]) for ticket, index in batch)
-        task = asyncio.get_running_loop().create_task(self._execute(batch, now))
-        self._running[task] = tokens / self._tokens_per_s if self._tokens_per_s else 0.0
-        task.add_done_callback(lambda done: self._running.pop(done, None))
-        if len(self._running) == 1:
-            self._expect(now)
+    def _expire(self, tickets: list[Ticket[Row]]) -> None:
+        for ticket in tickets:
+            self._fail(ticket, DeadlineExceededError("The deadline passed while the texts waited for the engine."))
+        self._pump_soon()
 
-    def _expect(self, now: float) -> None:
-        """The engine begins the first of the batches that are running."""
-        if self._ahead_timer is not None:
-            self._ahead_timer.cancel()
-            self._ahead_timer = None
-        seconds = next(iter(self._running.values()), 0.0)
-        self._ahead_from = now + seconds - max(seconds * _LEAD_SHARE, _LEAD_S)
-
-    async def _execute(self, batch: Batch[Row], taken_at: float) -> None:
+    async def _execute(self, order: _Order[Row]) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            await self._run(batch, taken_at)
+            await self._run(order, lambda: self._begin(order, loop))
         except BaseException:
-            for ticket, _ in batch:
+            for ticket, _ in order.batch:
                 self._backlog.drop(ticket)
                 self._fail(ticket, ShuttingDownError("The replica stopped before the text was classified; try again."))
             raise
         finally:
-            self._running.pop(asyncio.current_task(), None)  # type: ignore[arg-type]  # it is in a task
-            self._expect(self._clock())
+            self._orders.remove(order)
             self._pump_soon()
 
-    async def _run(self, batch: Batch[Row], taken_at: float) -> None:
+    async def _run(self, order: _Order[Row], begin: Begin) -> None:
         try:
-            rows = await self._classify([ticket.token_ids[index] for ticket, index in batch])
-            if len(rows) != len(batch):
-                raise EngineError(f"The engine gave {len(rows)} results for a batch of {len(batch)}.")
+            rows = await self._classify(begin)
+            if len(rows) != len(order.batch):
+                raise EngineError(f"The engine gave {len(rows)} results for a batch of {len(order.batch)}.")
         except Exception as error:  # one row's failure must not become its neighbours'
-            await self._split(batch, taken_at, error)
+            if order.begun_at is None:
+                begin()
+            await self._split(order.batch, error)
             return
-        self.failures_in_a_row = 0
-        self._report(batch, taken_at)
-        for (ticket, index), row in zip(batch, rows, strict=True):
+        if order.batch:
+            self.failures_in_a_row = 0
+            self._report(order)
+        for (ticket, index), row in zip(order.batch, rows, strict=True):
             self._settle(ticket, index, row)
 
-    async def _split(self, batch: Batch[Row], taken_at: float, error: Exception) -> None:
+    async def _split(self, batch: Batch[Row], error: Exception) -> None:
         """Find the row that fails by halving the batch."""
         if len(batch) > 1:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 alive = [(ticket, index) for ticket, index in half if not ticket.dead]
                 if alive:
-                    await self._run(alive, taken_at)
+                    await self._run(_Order(alive, self._clock()), lambda alive=alive: _rows(alive))  # type: ignore[misc]
             return
-        self.failures_in_a_row += 1
+        self.failures_in_a_row += len(batch)
         if not isinstance(error, OvertoneError):
             error = EngineError("The engine failed on this text.")
-        ticket, index = batch[0]
-        self._settle(ticket, index, error)
+        for ticket, index in batch:
+            self._settle(ticket, index, error)
 
     def _settle(self, ticket: Ticket[Row], index: int, result: Row | Exception) -> None:
         ticket.results[index] = result
@@ -523,22 +529,24 @@ class TokenBatcher(Generic[Row]):
         if ticket.answer is not None and not ticket.answer.done():
             ticket.answer.set_exception(error)
 
-    def _report(self, batch: Batch[Row], taken_at: float) -> None:
-        now = self._clock()
-        busy_s = now - max(taken_at, self._last_done_at)
+    def _report(self, order: _Order[Row]) -> None:
+        now, begun_at = self._clock(), order.begun_at or 0.0
+        busy_s = now - max(begun_at, self._last_done_at)
         self._last_done_at = now
-        lengths = [len(ticket.token_ids[index]) for ticket, index in batch]
-        padded = len(batch) * max(lengths)
+        lengths = [len(ids) for ids in _rows(order.batch)]
+        padded = len(lengths) * max(lengths)
         if busy_s > 0:
             rate = sum(lengths) / busy_s
             self._tokens_per_s = _blended(self._tokens_per_s, rate)
             if 2 * padded >= self._budget_tokens:
                 self._full_tokens_per_s = _blended(self._full_tokens_per_s, rate)
         if self._observe is not None:
-            oldest = min(ticket.admitted_at for ticket, _ in batch)
-            self._observe(
-                BatchReport(len(batch), sum(lengths), padded, taken_at - oldest, busy_s, self._backlog.waiting)
-            )
+            queue_s = begun_at - min(ticket.admitted_at for ticket, _ in order.batch)
+            self._observe(BatchReport(len(lengths), sum(lengths), padded, queue_s, busy_s, self._backlog.waiting))
+
+
+def _rows(batch: Batch[Row]) -> list[TokenIds]:
+    return [ticket.token_ids[index] for ticket, index in batch]
 
 
 def _blended(rate: float, latest: float) -> float:

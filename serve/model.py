@@ -11,9 +11,9 @@ from overtone import metrics
 from overtone.bundle import Bundle, TextEncoder
 from overtone.engine import Engine, check_golden
 from overtone.errors import BundleError, EngineError
-from serve.batcher import BatchReport, Limits, TokenBatcher, TokenIds
+from serve.batcher import BatchReport, Begin, Limits, TokenBatcher, TokenIds
 from serve.longtext import Encoded, LongText, encode
-from serve.warmup import fitted
+from serve.warmup import MAX_BUDGET_TOKENS, fitted
 
 Scores = list[float]
 """Calibrated probability of each label, in the order of the bundle's labels."""
@@ -49,19 +49,17 @@ class Turns:
         """Give the lanes their weights. With none, batches go to the thread as they come."""
         self._weights = dict(weights)
 
-    async def run(
-        self, lane: str, work: Callable[[list[TokenIds]], list[Scores]], rows: list[TokenIds]
-    ) -> list[Scores]:
-        """`work(rows)` on the engine thread when it is the turn of `lane`."""
+    async def run(self, lane: str, work: Callable[[], list[Scores]], tokens: int) -> list[Scores]:
+        """`work`, on about so many `tokens`, on the engine thread when it is the turn of `lane`."""
         loop = asyncio.get_running_loop()
         if not self._weights:
-            return await loop.run_in_executor(self._thread, work, rows)
+            return await loop.run_in_executor(self._thread, work)
         if self._running >= _SLOTS or (self._running and not self._weights.get(lane, 1.0)):
-            await self._wait(lane, len(rows) * max(map(len, rows)))
+            await self._wait(lane, tokens)
         else:
             self._running += 1
         try:
-            return await loop.run_in_executor(self._thread, work, rows)
+            return await loop.run_in_executor(self._thread, work)
         finally:
             self._running -= 1
             self._call_next()
@@ -141,12 +139,15 @@ def open_model(bundle: Bundle, engine: Engine, *, limits: Limits, turns: Turns) 
         raise BundleError(f"{bundle.path}: the model fails on the golden texts ({error.message})") from error
 
     def run(rows: list[TokenIds]) -> list[Scores]:
+        if not rows:
+            return []
         # Six digits are more than the model knows, and half the bytes of the answer.
         scores: list[Scores] = engine.classify(rows).astype("float64").round(6).tolist()
         return scores
 
-    def classify(rows: list[TokenIds]) -> Awaitable[list[Scores]]:
-        return turns.run(bundle.version, run, rows)
+    def classify(begin: Begin) -> Awaitable[list[Scores]]:
+        tokens = min(batcher.waiting_tokens, limits.budget_tokens or MAX_BUDGET_TOKENS)
+        return turns.run(bundle.version, lambda: run(begin()), tokens)
 
     def observe(report: BatchReport) -> None:
         turns.done_tokens += report.padded_tokens

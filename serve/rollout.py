@@ -9,6 +9,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 from zlib import crc32
 
@@ -189,7 +190,9 @@ class Shadow:
         rows = await asyncio.to_thread(self._model.encoder.encode, [seen.text for seen in batch])
         labels = self._model.bundle.labels
         for part in plan_batches([len(ids) for ids in rows], _SHADOW_TOKENS):
-            found = await self._turns.run(SHADOW_LANE, self._model.classify_now, [rows[row] for row in part])
+            chosen = [rows[row] for row in part]
+            work = partial(self._model.classify_now, chosen)
+            found = await self._turns.run(SHADOW_LANE, work, len(chosen) * max(map(len, chosen)))
             self._count([batch[row] for row in part], found, labels)
 
     def _count(self, batch: list[_Seen], found: list[Scores], labels: Sequence[str]) -> None:

@@ -34,7 +34,9 @@ class GatedEngine:
 
 
 def ours(engine: GatedEngine) -> Submit:
-    batcher: TokenBatcher[int] = TokenBatcher(engine.classify, limits=Limits(budget_tokens=10_000, ahead=0))
+    batcher: TokenBatcher[int] = TokenBatcher(
+        lambda begin: engine.classify(begin()), limits=Limits(budget_tokens=10_000, ahead=0)
+    )
 
     async def submit(row: list[int]) -> Any:
         (answer,) = await batcher.submit([row])

@@ -1,8 +1,10 @@
 """Choosing batches (properties of `Backlog`) and running them (`TokenBatcher` on a real event loop)."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from serve.batcher import (
     Backlog,
     Batch,
     BatchReport,
+    Begin,
     Limits,
     Priority,
     Ticket,
@@ -195,12 +198,40 @@ class Engine:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def classify(self, token_ids: list[TokenIds]) -> list[int]:
-        self.batches.append(token_ids)
+    async def classify(self, begin: Begin) -> list[int]:
+        token_ids = begin()
+        if token_ids:
+            self.batches.append(token_ids)
         await self.gate.wait()
-        if any(POISON in ids for ids in token_ids):
-            raise EngineError("poisoned")
-        return [sum(ids) for ids in token_ids]
+        return scored(token_ids)
+
+
+def scored(token_ids: list[TokenIds]) -> list[int]:
+    if any(POISON in ids for ids in token_ids):
+        raise EngineError("poisoned")
+    return [sum(ids) for ids in token_ids]
+
+
+class ThreadEngine:
+    """The same in a thread, one batch after the other. It waits at the gate before it begins."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[TokenIds]] = []
+        self.begun = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self._thread = ThreadPoolExecutor(1)
+
+    async def classify(self, begin: Begin) -> list[int]:
+        def run() -> list[int]:
+            self.batches.append(begin())
+            self.begun.release()
+            assert self.gate.wait(10)
+            return scored(self.batches[-1])
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+    def close(self) -> None:
+        self._thread.shutdown()
 
 
 class Clock:
@@ -239,6 +270,45 @@ def test_every_row_gets_its_own_result_whatever_its_neighbours_do(
     for (rows, _), results in zip(asked, asyncio.run(run()), strict=True):
         for row, result in zip(rows, results, strict=True):
             assert isinstance(result, EngineError) if POISON in row else result == sum(row)
+
+
+@properties
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.one_of(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.just([POISON])), max_size=12),
+            st.sampled_from(PRIORITIES),
+            st.booleans(),
+        ),
+        max_size=12,
+    ),
+    st.integers(1, 100),
+)
+def test_every_row_gets_its_own_result_from_a_thread_that_chooses_while_requests_come_and_go(
+    asked: list[tuple[list[TokenIds], Priority, bool]], budget: int
+) -> None:
+    engine = ThreadEngine()
+    engine.gate.set()
+
+    async def run() -> list[Any]:
+        batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=budget, ahead_tokens=1))
+        tasks = []
+        for rows, priority, leaves in asked:
+            tasks.append(asyncio.create_task(batcher.submit(rows, priority=priority)))
+            await asyncio.sleep(0)
+            if leaves:
+                tasks[-1].cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(batcher.drain(), 10)
+        assert batcher.waiting == batcher.waiting_tokens == 0
+        return answers
+
+    for (rows, _, leaves), results in zip(asked, asyncio.run(run()), strict=True):
+        assert leaves or not isinstance(results, BaseException)
+        if not isinstance(results, BaseException):
+            for row, result in zip(rows, results, strict=True):
+                assert isinstance(result, EngineError) if POISON in row else result == sum(row)
+    engine.close()
 
 
 async def test_requests_that_arrive_together_join_one_batch() -> None:
@@ -320,23 +390,22 @@ async def rated(engine: Engine, clock: Clock, **limits: float) -> TokenBatcher[i
     return batcher
 
 
-async def test_a_batch_is_chosen_ahead_only_when_the_one_before_is_nearly_done() -> None:
-    engine, clock = Engine(), Clock()
-    batcher = await rated(engine, clock, ahead=1, ahead_tokens=1, max_interactive_s=60.0)
-    tasks = [asyncio.create_task(batcher.submit([[1]] * 4))]  # 2 s of work
-    await until(lambda: len(engine.batches) == 2)
-    tasks.append(asyncio.create_task(batcher.submit([[1]] * 4, priority="bulk")))
-    await until(lambda: batcher.waiting == 4)
-    for _ in range(3):  # turns of the event loop, in which it could be chosen
+async def test_an_interactive_text_is_in_the_batch_that_the_engine_begins_next() -> None:
+    engine = ThreadEngine()
+    batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=4, ahead=1, ahead_tokens=1))
+    bulk = asyncio.create_task(batcher.submit([[1]] * 40, priority="bulk"))
+    await asyncio.to_thread(engine.begun.acquire)
+    for _ in range(5):  # turns of the event loop, in which the batch after it is ordered
         await asyncio.sleep(0)
-    assert len(engine.batches) == 2
-
-    clock.now += 1.7
-    tasks.append(asyncio.create_task(batcher.submit([[2]])))
-    await until(lambda: len(engine.batches) == 3)
+    one = asyncio.create_task(batcher.submit([[5]]))
+    await until(lambda: batcher.waiting == 37)
     engine.gate.set()
-    await asyncio.gather(*tasks)
-    assert [2] in engine.batches[2]  # it came while the batch could still be chosen otherwise
+
+    assert await one == [5]
+    assert await bulk == [1] * 40
+    assert [len(batch) for batch in engine.batches if batch][:2] == [4, 4]
+    assert [5] in engine.batches[1]
+    engine.close()
 
 
 @pytest.mark.parametrize(
@@ -445,7 +514,7 @@ async def test_cancelled_rows_cost_nothing() -> None:
 
 
 async def test_a_foreign_exception_is_not_shown() -> None:
-    async def classify(token_ids: list[TokenIds]) -> list[int]:
+    async def classify(begin: Begin) -> list[int]:
         raise ZeroDivisionError("secret")
 
     [result] = await TokenBatcher[int](classify).submit([[1]])
@@ -455,7 +524,8 @@ async def test_a_foreign_exception_is_not_shown() -> None:
 
 
 async def test_a_wrong_number_of_results_is_an_engine_error() -> None:
-    async def classify(token_ids: list[TokenIds]) -> list[int]:
+    async def classify(begin: Begin) -> list[int]:
+        begin()
         return []
 
     [result] = await TokenBatcher[int](classify).submit([[1]])
@@ -508,8 +578,9 @@ async def test_nothing_asked_is_nothing_answered() -> None:
 async def test_the_marks_a_request_passes_are_written_down() -> None:
     now = 100.0
 
-    async def classify(rows: list[list[int]]) -> list[int]:
+    async def classify(begin: Begin) -> list[int]:
         nonlocal now
+        rows = begin()
         now += 2.0
         return [len(row) for row in rows]
 

@@ -245,15 +245,15 @@ async def test_lanes_share_the_thread_by_weight_and_the_shadow_comes_last() -> N
     turns.weigh({"big": 0.75, "small": 0.25, "shadow": 0.0})
     order: list[str] = []
 
-    def work(lane: str) -> Callable[[list[list[int]]], list[list[float]]]:
-        def run(rows: list[list[int]]) -> list[list[float]]:
+    def work(lane: str) -> Callable[[], list[list[float]]]:
+        def run() -> list[list[float]]:
             order.append(lane)
             return []
 
         return run
 
     lanes = ["shadow"] * 4 + ["big"] * 60 + ["small"] * 60
-    await asyncio.gather(*(turns.run(lane, work(lane), [[1] * 8]) for lane in lanes))
+    await asyncio.gather(*(turns.run(lane, work(lane), 8) for lane in lanes))
     thread.shutdown()
 
     assert len(order) == 124
