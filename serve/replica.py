@@ -1,6 +1,7 @@
 """The deployment: one process that listens, batches and runs the engine."""
 
 import contextlib
+import gc
 from asyncio import Task, TaskGroup, get_running_loop, to_thread
 from dataclasses import replace
 from functools import partial
@@ -135,7 +136,11 @@ class Replica:
                 raise ConfigurationError(f"user_config: {error.errors()[0]['msg']}") from None
             logging.get_logger().error("replica.config_refused", fields=[item["loc"] for item in error.errors()])
             return
+        is_first = not self._classifier.is_ready
         await self._classifier.apply(live, self._settings.bundle)
+        if is_first:
+            # What was imported and loaded stays: looking through all of it for garbage would stop answers for 0.2 s.
+            gc.freeze()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `serve.scaling` decides by; Serve asks every few seconds if the number of replicas may change."""
