@@ -4,7 +4,6 @@ This is the most that a server on the same machine can reach, so every figure of
 """
 
 import multiprocessing
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from overtone.bundle import TextEncoder, load_bundle
 from overtone.engine import BUDGET_TOKENS, Engine, open_engine, pad, plan_batches
+from overtone.hardware import usable_cores
 from overtone.torch_engine import TorchEngine
 
 PLAIN_BATCH = 32
@@ -33,11 +33,6 @@ class Job:
 
     bundle: Path | None
     texts: list[str]
-
-
-def usable_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class BareEngine:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.bare_engine import usable_cores
+from overtone.hardware import usable_cores
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 

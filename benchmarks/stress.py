@@ -13,13 +13,13 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.bare_engine import usable_cores
 from benchmarks.client import Rows
 from benchmarks.load import Load, Target, batch_bodies, play, single_bodies
 from benchmarks.measure import Effort, Say
 from benchmarks.results import Result, middle
 from benchmarks.samples import growth, open_figures, recovery_s
 from benchmarks.texts import with_long_texts
+from overtone.hardware import usable_cores
 
 BATCH_TEXTS = 256
 INTERACTIVE_PER_S = 20.0

@@ -49,10 +49,11 @@ class Engine(Protocol):
 class OnnxEngine:
     """ONNX Runtime on one device. Threads may share one; each call runs on the same pool of `threads`.
 
+    On a CPU a text that comes alone, while nothing runs, is run by `lone_threads` if those are more.
     `TENSORRT` has not been run on a device yet; what it does otherwise than `CPU` was run on a CPU alone.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 1, device: Device = CPU) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 1, device: Device = CPU, *, lone_threads: int = 0) -> None:
         """Load the model of `bundle`.
 
         Raises:
@@ -60,7 +61,7 @@ class OnnxEngine:
         """
         self.labels = len(bundle.labels)
         self._temperature = bundle.temperature
-        self._runner: Runner | None = open_runner(bundle, threads, device)
+        self._runner: Runner | None = open_runner(bundle, threads, device, lone_threads)
         try:
             shape = self.classify([[0, 0]]).shape
         except EngineError as error:
@@ -181,9 +182,11 @@ def open_engine(
     wanted: WantedEngine = "auto",
     providers: Collection[str] | None = None,
     built: Path | None = None,
+    lone_threads: int = 0,
 ) -> Engine:
     """The engine for `bundle` on this machine, with `threads` threads. `providers` default to `usable_providers()`.
 
+    `lone_threads`: see `OnnxEngine`.
     TensorRT keeps what it builds in the folder `built`; without, it builds anew at each load, for minutes.
 
     Raises:
@@ -197,13 +200,13 @@ def open_engine(
     if choice.name == "onnx-cpu" and is_slow(bundle.precision, read_cpu_features()):
         get_logger().warning("engine.int8_is_slow", reason="the processor has no VNNI, AMX or dot product")
     try:
-        return OnnxEngine(bundle, threads, _device(choice.name, bundle, built))
+        return OnnxEngine(bundle, threads, _device(choice.name, bundle, built), lone_threads=lone_threads)
     except BundleError as error:
         # Drivers that are too old, and devices that Ray keeps from this replica, show only here.
         if wanted != "auto" or choice.name == "onnx-cpu":
             raise
         get_logger().warning("engine.device_refused", reason=error.message)
-        return OnnxEngine(bundle, threads)
+        return OnnxEngine(bundle, threads, lone_threads=lone_threads)
 
 
 def _device(name: EngineName, bundle: Bundle, built: Path | None) -> Device:

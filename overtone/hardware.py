@@ -1,5 +1,6 @@
 """What this machine has that an engine can use. Looks at files of the kernel; loads no library."""
 
+import os
 from pathlib import Path
 
 CPU_FEATURES = (
@@ -45,6 +46,11 @@ def has_fast_int8(features: frozenset[str] | None) -> bool | None:
 def has_fast_bf16(features: frozenset[str] | None) -> bool:
     """Whether bf16 is known to run faster than float32."""
     return bool(features and features & _FAST_BF16)
+
+
+def usable_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_nvidia_driver() -> bool:

@@ -1,6 +1,7 @@
 """How ONNX Runtime runs a model on one kind of device: sessions, buffers on the device, captured graphs."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ Result = TypeVar("Result")
 
 _TYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _REPLAY_TOLERANCE = 1e-2
+_IDLE_SHARE = 0.2
+"""Of the time that the last batch took. A text that waited for that batch comes sooner after it; one that comes later
+found nothing else to do, and the core beside may well be idle too."""
 
 # While a graph is captured no other thread may copy to the device, or allocate or free there: the capture would fail.
 # So of the bundles a process has, one runs, captures or is freed at a time, and one is opened at a time.
@@ -161,19 +165,25 @@ class Runner(Protocol):
 class PlainRunner:
     """Inputs and outputs are the caller's arrays. Threads may run one at the same time."""
 
-    def __init__(self, session: Any, signature: Signature) -> None:
-        """Use `session` from now on."""
+    def __init__(self, session: Any, signature: Signature, wide: Any = None) -> None:
+        """Use `session` from now on, and `wide`, the same with more threads, for a text that finds it idle."""
         self.signature = signature
         self._session = session
+        self._wide = wide
+        self._began = self._ended = 0.0
 
     def run(self, ids: Array, mask: Array) -> Array:
         """See `Runner.run`."""
-        logits: Array = self._session.run([self.signature.output], self.signature.feed(ids, mask))[0]
+        now = time.monotonic()
+        is_idle = now - self._ended > _IDLE_SHARE * (self._ended - self._began)
+        session = self._wide if self._wide is not None and is_idle and len(ids) == 1 else self._session
+        logits: Array = session.run([self.signature.output], self.signature.feed(ids, mask))[0]
+        self._began, self._ended = now, time.monotonic()
         return logits
 
     def close(self) -> None:
         """See `Runner.close`."""
-        self._session = None
+        self._session = self._wide = None
 
 
 class DeviceRunner:
@@ -313,15 +323,18 @@ def run_options(graph: int) -> Any:
     return options
 
 
-def open_runner(bundle: Bundle, threads: int, device: Device) -> Runner:
+def open_runner(bundle: Bundle, threads: int, device: Device, lone_threads: int = 0) -> Runner:
     """Load the model of `bundle`. Where its graph cannot be captured, it runs without, with a warning.
+
+    A text that finds a CPU idle is run by `lone_threads` if those are more; a device shares its work out itself.
 
     Raises:
         BundleError: the file is no ONNX model, or not one of the shape a bundle has, or the device cannot be started.
     """
     if not device.takes_turns:
         session = _open_session(bundle, threads, device)
-        return PlainRunner(session, Signature.of(session, bundle))
+        wide = _open_session(bundle, lone_threads, device) if lone_threads > threads else None
+        return PlainRunner(session, Signature.of(session, bundle), wide)
     with _OPENING:
         reason = ""
         if device.captures:

@@ -10,13 +10,13 @@ from pathlib import Path
 import httpx
 import psutil
 
-from benchmarks.bare_engine import usable_cores
 from benchmarks.peers.catalogue import Peer
 from benchmarks.peers.environments import interpreter
 from benchmarks.server import free_port
 from overtone.bundle import Bundle, TextEncoder, to_prediction
 from overtone.engine import classify_sorted, open_engine
 from overtone.errors import UnavailableError
+from overtone.hardware import usable_cores
 from overtone.settings import Settings, environment_for
 from overtone.text import normalise
 

@@ -42,6 +42,16 @@ def test_it_is_small_and_as_it_was_measured(model: Model) -> None:
     check_golden(model.bundle, model.engine)
 
 
+def test_the_number_of_threads_changes_no_score(model: Model) -> None:
+    narrow, lone = open_engine(model.bundle), open_engine(model.bundle, lone_threads=2)
+    for ids in TextEncoder(model.bundle).encode(["I love this", "x " * 200, "Is the train late again? http://t.co/x"]):
+        expected = narrow.classify([ids])
+        np.testing.assert_array_equal(lone.classify([ids]), expected)
+        np.testing.assert_array_equal(model.engine.classify([ids]), expected)
+    narrow.close()
+    lone.close()
+
+
 def test_its_card_tells_its_own_version(model: Model) -> None:
     assert model.bundle.version in (DEFAULT_BUNDLE / "README.md").read_text()
 

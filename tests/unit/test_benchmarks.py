@@ -12,7 +12,6 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks import gpu
-from benchmarks.bare_engine import usable_cores
 from benchmarks.client import Stream, arrivals, content_length, run
 from benchmarks.load import Load, Target, batch_bodies, in_groups
 from benchmarks.results import Result, machine, ratio, write
@@ -20,6 +19,7 @@ from benchmarks.samples import closed_figures, growth, open_figures, percentile,
 from benchmarks.texts import read_texts, synthetic_texts, with_long_texts
 from overtone.bundle import Bundle
 from overtone.errors import ConfigurationError, DataError
+from overtone.hardware import usable_cores
 
 TARGET = Target("http://127.0.0.1:1", "X-API-Key", "secret")
 

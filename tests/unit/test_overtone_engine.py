@@ -23,6 +23,7 @@ from overtone.engine import (
     plan_batches,
 )
 from overtone.errors import BundleError, EngineError
+from overtone.sessions import PlainRunner, Signature
 
 TEXTS = [[1, 4, 2], [1, 8, 8, 9, 2], [1, 2], [1, 6, 4, 5, 5, 5, 2], [1, 7, 2]]
 
@@ -49,6 +50,39 @@ def test_threads_may_share_an_engine(tiny_bundle: Bundle) -> None:
     with ThreadPoolExecutor(4) as pool:
         for scores in pool.map(engine.classify, [TEXTS] * 50):
             np.testing.assert_array_equal(scores, expected)
+
+
+class NotedSession:
+    """Gives zeros, in half a second by the clock `now`."""
+
+    def __init__(self, name: str, now: list[float], ran: list[str]) -> None:
+        self._name, self._now, self._ran = name, now, ran
+
+    def run(self, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self._ran.append(self._name)
+        self._now[0] += 0.5
+        return [np.zeros((len(feed["input_ids"]), 3), dtype=np.float32)]
+
+
+def test_more_threads_run_a_text_that_finds_the_engine_idle_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ran = [100.0], list[str]()
+    monkeypatch.setattr("overtone.sessions.time.monotonic", lambda: now[0])
+    signature = Signature(ids=np.int64, has_mask=True, has_types=False, output="logits", logits=np.float32)
+    runner = PlainRunner(NotedSession("narrow", now, ran), signature, NotedSession("wide", now, ran))
+    one, two = pad([[1, 2]], np.int64), pad([[1, 2], [1]], np.int64)
+
+    for pause_s, batch in ((0.0, one), (0.2, one), (0.05, one), (0.2, two), (0.2, one)):
+        now[0] += pause_s
+        runner.run(*batch)
+
+    assert ran == ["wide", "wide", "narrow", "narrow", "wide"]
+
+
+def test_the_number_of_threads_changes_no_score(tiny_bundle: Bundle) -> None:
+    engine = OnnxEngine(tiny_bundle, lone_threads=2)
+    expected = OnnxEngine(tiny_bundle).classify(TEXTS)
+    for ids, scores in zip(TEXTS, expected, strict=True):
+        np.testing.assert_allclose(engine.classify([ids])[0], scores, atol=1e-6)
 
 
 def test_sums_of_int8_products_do_not_saturate(tiny_bundle: Bundle, bundle_spec: BundleSpec) -> None:
