@@ -1,4 +1,4 @@
-"""The whole product, started as a user starts it in the background."""
+"""The whole product, started once for all tests of this folder as a user starts it in the background."""
 
 import json
 import os
@@ -38,9 +38,9 @@ class RunningStack:
         return said.stdout + (said.stderr if code else "")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def stack() -> Iterator[RunningStack]:
-    """A stack in a home of its own; it is stopped whole after the tests of a module."""
+    """A stack in a home of its own, stopped whole after the tests of this folder, which leave its champion as it was."""
     home = Path(tempfile.mkdtemp(prefix="overtone-e2e-", dir="/tmp"))
     port = free_ports(1)[0]
     unset = {"TWITTER_BEARER_TOKEN", "X_API_BASE_URL", "DATABASE_URL", "OVERTONE_API_KEY", "API_HOST"}

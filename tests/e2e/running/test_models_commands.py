@@ -3,8 +3,6 @@
 import contextlib
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -191,33 +189,3 @@ def test_a_damaged_bundle_is_refused_and_nothing_changes(stack: Stack, contrary:
         assert "sha256" in stack.overtone("models", *order, code=8)
 
     assert replicas(stack) == before
-
-
-def test_a_stop_answers_what_is_under_way(stack: Stack) -> None:
-    texts = {"texts": ["x " * 60 + " " * 1000] * 60}
-    answers: list[httpx.Response] = []
-    is_over = threading.Event()
-
-    def ask() -> None:
-        while not is_over.is_set():
-            try:
-                answers.append(httpx.post(f"{stack.api_url}/predict/batch", headers=headers, json=texts, timeout=60))
-            except httpx.ConnectError:  # it has not taken the request
-                is_over.wait(0.05)
-
-    headers = stack.headers
-    with ThreadPoolExecutor(6) as pool:
-        clients = [pool.submit(ask) for _ in range(6)]
-        try:
-            until(lambda: len(answers) >= 6)
-            command = [sys.executable, "-m", "overtone.cli", "down"]
-            stopping = subprocess.Popen(command, env=stack.environment, stdout=subprocess.DEVNULL)
-            answered = len(answers)
-            assert stopping.wait(120) == 0
-        finally:
-            is_over.set()
-    for client in clients:
-        client.result()
-
-    assert len(answers) > answered
-    assert [f"{answer.status_code} {answer.text[:200]}" for answer in answers if answer.status_code != 200] == []
