@@ -149,7 +149,14 @@ def bench(  # noqa: PLR0913, PLR0917  # each is an option of the command
     with tempfile.TemporaryDirectory(prefix="ovl-") as folder, _console.status("starting") as status:
         run = _Run(settings, bundle, chosen, effort, Path(folder), status.update, url)
         run.measure(parts)
-    write(run.results, output, model_version=bundle.version, quick=quick, unavailable=run.unavailable)
+    write(
+        run.results,
+        output,
+        model_version=bundle.version,
+        quick=quick,
+        rounds=effort.rounds,
+        unavailable=run.unavailable,
+    )
     _show(run, output)
     if full and not quick and not only:
         publish(output)

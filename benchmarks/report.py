@@ -44,8 +44,9 @@ def table(content: dict[str, Any]) -> str:
     for name, why in content.get("unavailable", {}).items():
         lines.append(f"\n{name.removeprefix('peers.')} could not be measured: {why.splitlines()[0][:200]}")
     where = f"{machine['processor']}, {machine['cores']} cores, commit {content['commit']}"
+    given = f' ARGS="--rounds {content["rounds"]}"' if content.get("rounds") else ""
     return "\n".join(
-        [*lines, "", f"Measured by `make bench-full` on {where}. A p99 below 1 is shorter than the peer's."]
+        [*lines, "", f"Measured by `make bench-full{given}` on {where}. A p99 below 1 is shorter than the peer's."]
     )
 
 

@@ -46,6 +46,7 @@ def write(
     *,
     model_version: str,
     quick: bool,
+    rounds: int | None = None,
     unavailable: dict[str, str] | None = None,
 ) -> None:
     """Write `results` with the machine, the commit, and why something could not be measured, by its name."""
@@ -54,6 +55,7 @@ def write(
         "commit": commit(),
         "model_version": model_version,
         "quick": quick,
+        "rounds": rounds,
         "unavailable": unavailable or {},
         "results": {name: asdict(result) for name, result in results.items()},
     }

@@ -107,6 +107,7 @@ def test_the_table_holds_what_was_measured_and_why_the_rest_was_not() -> None:
     content = {
         "machine": {"processor": "CPU", "cores": 2},
         "commit": "abc",
+        "rounds": 2,
         "unavailable": {"peers.bentoml": "did not start\nlog"},
         "results": {
             "serve.batch256.ratio_to_engine": {"value": 0.93, "unit": "ratio", "detail": {}},
@@ -118,6 +119,7 @@ def test_the_table_holds_what_was_measured_and_why_the_rest_was_not() -> None:
     assert "| LitServe | 2.50x | - | - |" in text
     assert "bentoml could not be measured: did not start" in text
     assert "single.c64" not in text
+    assert '`make bench-full ARGS="--rounds 2"` on CPU, 2 cores, commit abc' in text
 
 
 def test_the_plots_show_every_peer_that_was_measured(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class RunningStack:
 
 @pytest.fixture(scope="package")
 def stack() -> Iterator[RunningStack]:
-    """A stack in a home of its own, stopped whole after the tests of this folder, which leave its champion as it was."""
+    """A stack in a home of its own, stopped after the tests of this folder, which leave its champion as it was."""
     home = Path(tempfile.mkdtemp(prefix="overtone-e2e-", dir="/tmp"))
     port = free_ports(1)[0]
     unset = {"TWITTER_BEARER_TOKEN", "X_API_BASE_URL", "DATABASE_URL", "OVERTONE_API_KEY", "API_HOST"}
