@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Generic, Literal, TypeVar
 
@@ -314,7 +315,9 @@ class _Order(Generic[Row]):
 
     batch: Batch[Row] = field(default_factory=list)
     """Chosen when the engine begins it."""
-    begun_at: float | None = None
+    begun_at: float = 0.0
+    """0: not yet."""
+    task: "asyncio.Task[None] | None" = None
 
 
 class TokenBatcher(Generic[Row]):
@@ -337,7 +340,6 @@ class TokenBatcher(Generic[Row]):
         self._observe = observe
         self._backlog = Backlog[Row]()
         self._orders: list[_Order[Row]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._pump_is_due = False
         self._draining = False
         self._idle = asyncio.Event()
@@ -357,6 +359,11 @@ class TokenBatcher(Generic[Row]):
     def waiting_tokens(self) -> int:
         """Their tokens, without padding."""
         return self._backlog.waiting_tokens
+
+    @property
+    def next_tokens(self) -> int:
+        """About how many of them the next batch will hold."""
+        return min(self._backlog.waiting_tokens, self._budget_tokens)
 
     async def submit(
         self,
@@ -444,9 +451,7 @@ class TokenBatcher(Generic[Row]):
         while self._may_order():
             order = _Order[Row]()
             self._orders.append(order)
-            task = asyncio.get_running_loop().create_task(self._execute(order))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            order.task = asyncio.get_running_loop().create_task(self._execute(order))
         if not self._orders and not self._backlog.waiting:
             self._idle.set()
 
@@ -455,7 +460,7 @@ class TokenBatcher(Generic[Row]):
             return self._backlog.waiting > 0
         if len(self._orders) > self._limits.ahead:
             return False
-        ordered = self._budget_tokens * sum(order.begun_at is None for order in self._orders)
+        ordered = self._budget_tokens * sum(not order.begun_at for order in self._orders)
         return self._backlog.waiting_tokens - ordered >= self._limits.ahead_tokens
 
     def _begin(self, order: _Order[Row], loop: asyncio.AbstractEventLoop) -> list[TokenIds]:
@@ -467,7 +472,7 @@ class TokenBatcher(Generic[Row]):
         order.batch, order.begun_at = batch, now
         if expired:
             loop.call_soon_threadsafe(self._expire, expired)
-        elif len(self._orders) <= self._limits.ahead and self._backlog.waiting_tokens >= self._limits.ahead_tokens:
+        elif self._may_order():
             loop.call_soon_threadsafe(self._pump_soon)
         return _rows(batch)
 
@@ -495,7 +500,7 @@ class TokenBatcher(Generic[Row]):
             if len(rows) != len(order.batch):
                 raise EngineError(f"The engine gave {len(rows)} results for a batch of {len(order.batch)}.")
         except Exception as error:  # one row's failure must not become its neighbours'
-            if order.begun_at is None:
+            if not order.begun_at:
                 begin()
             await self._split(order.batch, error)
             return
@@ -511,7 +516,7 @@ class TokenBatcher(Generic[Row]):
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 alive = [(ticket, index) for ticket, index in half if not ticket.dead]
                 if alive:
-                    await self._run(_Order(alive, self._clock()), lambda alive=alive: _rows(alive))  # type: ignore[misc]
+                    await self._run(_Order(alive, self._clock()), partial(_rows, alive))
             return
         self.failures_in_a_row += len(batch)
         if not isinstance(error, OvertoneError):
@@ -530,8 +535,8 @@ class TokenBatcher(Generic[Row]):
             ticket.answer.set_exception(error)
 
     def _report(self, order: _Order[Row]) -> None:
-        now, begun_at = self._clock(), order.begun_at or 0.0
-        busy_s = now - max(begun_at, self._last_done_at)
+        now = self._clock()
+        busy_s = now - max(order.begun_at, self._last_done_at)
         self._last_done_at = now
         lengths = [len(ids) for ids in _rows(order.batch)]
         padded = len(lengths) * max(lengths)
@@ -541,7 +546,7 @@ class TokenBatcher(Generic[Row]):
             if 2 * padded >= self._budget_tokens:
                 self._full_tokens_per_s = _blended(self._full_tokens_per_s, rate)
         if self._observe is not None:
-            queue_s = begun_at - min(ticket.admitted_at for ticket, _ in order.batch)
+            queue_s = order.begun_at - min(ticket.admitted_at for ticket, _ in order.batch)
             self._observe(BatchReport(len(lengths), sum(lengths), padded, queue_s, busy_s, self._backlog.waiting))
 
 

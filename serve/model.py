@@ -13,7 +13,7 @@ from overtone.engine import Engine, check_golden
 from overtone.errors import BundleError, EngineError
 from serve.batcher import BatchReport, Begin, Limits, TokenBatcher, TokenIds
 from serve.longtext import Encoded, LongText, encode
-from serve.warmup import MAX_BUDGET_TOKENS, fitted
+from serve.warmup import fitted
 
 Scores = list[float]
 """Calibrated probability of each label, in the order of the bundle's labels."""
@@ -146,8 +146,7 @@ def open_model(bundle: Bundle, engine: Engine, *, limits: Limits, turns: Turns) 
         return scores
 
     def classify(begin: Begin) -> Awaitable[list[Scores]]:
-        tokens = min(batcher.waiting_tokens, limits.budget_tokens or MAX_BUDGET_TOKENS)
-        return turns.run(bundle.version, lambda: run(begin()), tokens)
+        return turns.run(bundle.version, lambda: run(begin()), batcher.next_tokens)
 
     def observe(report: BatchReport) -> None:
         turns.done_tokens += report.padded_tokens

@@ -34,6 +34,9 @@ requests = st.lists(
     min_size=1,
     max_size=20,
 )
+rows_to_classify = st.lists(
+    st.one_of(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.just([POISON])), max_size=12
+)
 budgets = st.integers(1, 200)
 # A machine at work on other things takes its time now and then.
 properties = settings(max_examples=60, deadline=None)
@@ -213,18 +216,16 @@ def scored(token_ids: list[TokenIds]) -> list[int]:
 
 
 class ThreadEngine:
-    """The same in a thread, one batch after the other. It waits at the gate before it begins."""
+    """The same in a thread, one batch after the other."""
 
     def __init__(self) -> None:
         self.batches: list[list[TokenIds]] = []
-        self.begun = threading.Semaphore(0)
         self.gate = threading.Event()
         self._thread = ThreadPoolExecutor(1)
 
     async def classify(self, begin: Begin) -> list[int]:
         def run() -> list[int]:
             self.batches.append(begin())
-            self.begun.release()
             assert self.gate.wait(10)
             return scored(self.batches[-1])
 
@@ -252,7 +253,7 @@ async def until(condition: Callable[[], object]) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.lists(st.one_of(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.just([POISON])), max_size=12),
+            rows_to_classify,
             st.sampled_from(PRIORITIES),
         ),
         max_size=12,
@@ -276,7 +277,7 @@ def test_every_row_gets_its_own_result_whatever_its_neighbours_do(
 @given(
     st.lists(
         st.tuples(
-            st.lists(st.one_of(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.just([POISON])), max_size=12),
+            rows_to_classify,
             st.sampled_from(PRIORITIES),
             st.booleans(),
         ),
@@ -394,7 +395,7 @@ async def test_an_interactive_text_is_in_the_batch_that_the_engine_begins_next()
     engine = ThreadEngine()
     batcher = TokenBatcher[int](engine.classify, limits=Limits(budget_tokens=4, ahead=1, ahead_tokens=1))
     bulk = asyncio.create_task(batcher.submit([[1]] * 40, priority="bulk"))
-    await asyncio.to_thread(engine.begun.acquire)
+    await until(lambda: engine.batches)
     for _ in range(5):  # turns of the event loop, in which the batch after it is ordered
         await asyncio.sleep(0)
     one = asyncio.create_task(batcher.submit([[5]]))
