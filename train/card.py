@@ -126,7 +126,8 @@ def _training(training: Mapping[str, Any], config: TrainConfig, command: str) ->
         f"- {optimiser.epochs} epochs, batch {optimiser.batch_size}, peak learning rate {optimiser.learning_rate:g}, "
         f"layer decay {optimiser.layer_decay:g}, {optimiser.schedule} schedule, {_PRODUCTS[config.model.precision]}",
         f"- logit adjustment tau {optimiser.prior_tau:g}, label smoothing {optimiser.label_smoothing:g}, "
-        f"{f'R-Drop {optimiser.rdrop:g}, ' if optimiser.rdrop else ''}seed {optimiser.seed}",
+        f"{f'R-Drop {optimiser.rdrop:g}, ' if optimiser.rdrop else ''}"
+        f"{f'mixout {optimiser.mixout:g}, ' if optimiser.mixout else ''}seed {optimiser.seed}",
     ]
     taught = config.distillation
     if teachers := len(taught.teachers):

@@ -83,6 +83,8 @@ class OptimiserConfig(Section):
     rdrop: float = Field(0.0, ge=0)
     """Weight in the loss of how much two passes over a text under different dropout disagree (R-Drop); above 0 a step
     takes twice the time."""
+    mixout: float = Field(0.0, ge=0, lt=1)
+    """Chance, drawn anew for each pass, that a weight of the layers is what it was before training (Mixout)."""
     prior_tau: float = Field(0.0, ge=0)
     """Weight of the log class prior in the loss (logit adjustment); 1 trains for balanced accuracy, 0 is plain."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
@@ -221,6 +223,17 @@ class TrainConfig(Section):
             raise ValueError("optimiser.batch_size must be at least the most workers x optimiser.accumulate")
         if cluster.sharding == "shard" and self.optimiser.ema_decay:
             raise ValueError("optimiser.ema_decay does not go with cluster.sharding=shard; set it to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _mixout_sees_the_weights(self) -> "TrainConfig":
+        if not self.optimiser.mixout:
+            return self
+        if self.cluster.sharding == "shard":
+            raise ValueError("optimiser.mixout does not go with cluster.sharding=shard, which divides the weights")
+        if self.model.gradient_checkpointing:
+            # A layer that is computed again would draw again.
+            raise ValueError("optimiser.mixout does not go with model.gradient_checkpointing")
         return self
 
 

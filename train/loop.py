@@ -19,7 +19,7 @@ from overtone.errors import ConfigurationError
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, share_of
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
-from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups, products_in
+from train.optimiser import learning_rate_factor, make_average, make_loss, make_mixout, parameter_groups, products_in
 from train.scores import score, softmax
 from train.sharding import put_back, whole_moments, whole_weights
 
@@ -98,6 +98,7 @@ class Run:
         if config.model.gradient_checkpointing:
             self.bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = place.prepare(self.bare)
+        self.mixed = make_mixout(self.model, self.settings.mixout) if self.settings.mixout else None
         if config.model.compile:
             self.model.compile(dynamic=True)
 
@@ -171,8 +172,12 @@ class Run:
         return total
 
     def _loss(self, rows: list[list[int]], batch: list[int]) -> torch.Tensor:
+        inputs = self._inputs(rows * 2 if self.settings.rdrop else rows)
         with self.products:
-            logits = self.model(**self._inputs(rows * 2 if self.settings.rdrop else rows)).logits
+            if self.mixed is None:
+                logits = self.model(**inputs).logits
+            else:
+                logits = torch.func.functional_call(self.model, self.mixed(), kwargs=inputs).logits
         labels = torch.from_numpy(self.split.train.labels[batch]).to(self.device)
         soft = torch.from_numpy(self.soft[batch]).to(self.device) if self.soft is not None else None
         return self.loss(logits, labels, soft)

@@ -57,6 +57,26 @@ def _disagreement(first: Tensor, second: Tensor) -> Tensor:
     return ((p.exp() - q.exp()) * (p - q)).sum(dim=-1).mean() / 2
 
 
+def make_mixout(model: nn.Module, chance: float) -> Callable[[], dict[str, Tensor]]:
+    """What gives the weights of each pass: matrices of numbered layers by name, mixed with what they are now.
+
+    Each element is its present self with probability `chance`, and scaled so that its mean is the trained one: a
+    regulariser towards the weights that training began with. Gradients reach the parameters of `model`.
+    Lee et al. 2020, "Mixout: Effective Regularization to Finetune Large-scale Pretrained Language Models".
+    """
+    mixed = {name: one for name, one in model.named_parameters() if one.ndim > 1 and _LAYER.search(name)}
+    before = {name: one.detach().clone() for name, one in mixed.items()}
+
+    def draw() -> dict[str, Tensor]:
+        # Dropout of the difference has the mean and the scale of the paper's formula.
+        return {
+            name: before[name] + nn.functional.dropout(one - before[name], chance, training=True)
+            for name, one in mixed.items()
+        }
+
+    return draw
+
+
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:
     """Parameters of `model` grouped by depth and by weight decay.
 

@@ -76,6 +76,8 @@ def test_set_reads_numbers(tmp_path: Path, settings: Settings, assignment: str, 
         ("name: x\ncluster: {workers: 4, max_workers: 2}", [], "max_workers must be at least"),
         ("name: x\ncluster: {max_workers: 64}", [], "batch_size must be at least"),
         ("name: x\ncluster: {sharding: shard}", ["optimiser.ema_decay=0.9"], "ema_decay does not go with"),
+        ("name: x\ncluster: {sharding: shard}", ["optimiser.mixout=0.5"], "mixout does not go with"),
+        ("name: x\nmodel: {gradient_checkpointing: true}", ["optimiser.mixout=0.5"], "mixout does not go with"),
         ("name: x\nexport: {golden: []}", [], "export.golden"),
     ],
 )

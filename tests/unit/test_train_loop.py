@@ -127,6 +127,20 @@ def test_with_dropout_their_disagreement_is_learned_from(encoder: Path) -> None:
     assert not same(weights(once), weights(twice), tolerance=1e-4)
 
 
+def test_mixout_trains_towards_the_start_and_resumes(encoder: Path, tmp_path: Path) -> None:
+    plain = make_run(encoder, Told(), model=STILL)
+    mixed = make_run(encoder, Told(kept=tmp_path), model=STILL, mixout=0.9)
+    plain.train()
+    mixed.train_epoch(0)
+    resumed = make_run(encoder, Told(), model=STILL, mixout=0.9)
+    resumed.resume(tmp_path)
+    resumed.train()
+    mixed.train()
+
+    assert not same(weights(plain), weights(mixed), tolerance=1e-4)
+    assert same(weights(resumed), weights(mixed))
+
+
 def test_gradient_checkpointing_changes_no_figure(encoder: Path) -> None:
     kept = make_run(encoder, Told(), epochs=1)
     again = make_run(encoder, Told(), epochs=1, model={"gradient_checkpointing": True})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from train.config import OptimiserConfig
-from train.optimiser import learning_rate_factor, make_average, make_loss, parameter_groups, products_in
+from train.optimiser import learning_rate_factor, make_average, make_loss, make_mixout, parameter_groups, products_in
 
 
 class TinyEncoder(nn.Module):
@@ -41,6 +41,28 @@ def test_every_parameter_is_in_one_group_with_its_rate() -> None:
     assert rate_of(groups, model.embeddings.weight) == (0.125, 0.1)
     assert rate_of(groups, model.encoder.relative_attention_bias.weight) == (0.125, 0.1)
     assert rate_of(groups, model.LayerNorm.weight) == (0.9, 0.0)
+
+
+def test_mixed_weights_are_the_first_ones_or_scaled_beyond_the_trained_ones() -> None:
+    model = TinyEncoder()
+    draw = make_mixout(model, 0.75)
+    layer = model.encoder.layer[0]
+    first = layer.weight.detach().clone()
+    assert torch.equal(draw()["encoder.layer.0.weight"], first)
+    with torch.no_grad():
+        layer.weight += 1
+
+    drawn = torch.stack([draw()["encoder.layer.0.weight"] for _ in range(500)])
+    assert set(((drawn - first) * 1e3).round().flatten().tolist()) == {0.0, 4000.0}
+    assert drawn.mean(dim=0).sub(layer.weight).abs().max() < 0.4
+
+    weight = draw()["encoder.layer.0.weight"]
+    weight.sum().backward()
+    assert torch.allclose(layer.weight.grad, torch.where(weight == first, 0.0, 4.0))
+
+
+def test_what_is_in_no_layer_is_not_mixed() -> None:
+    assert set(make_mixout(TinyEncoder(), 0.5)()) == {"encoder.layer.0.weight", "encoder.layer.1.weight"}
 
 
 def test_the_prior_is_in_the_loss_alone() -> None:
