@@ -154,7 +154,7 @@ def _train_alone(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 
 def _split(folder: Path, config: TrainConfig) -> Split:
-    return read_split(folder / "train.tsv", folder / "validation.tsv", config.data.labels)
+    return read_split(folder / "train.tsv", folder / "validation.tsv", config.data.labels, leaks="drop")
 
 
 def _middle(speeds: list[float]) -> float:
