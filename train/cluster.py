@@ -57,7 +57,8 @@ def _connect(address: str | None, folder: str | None) -> None:
             ray.init(address, **common)
             return
         # Ray wants a token here and, finding none, writes one to ~/.ray, where every later `ray start` obeys it.
-        set_default_environment(RAY_AUTH_TOKEN=secrets.token_hex(32))
+        # And nobody takes this machine away with notice, which Ray Train would have a process of its own look out for.
+        set_default_environment(RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
         ray.init(
             "local",
             include_dashboard=False,

@@ -1,32 +1,24 @@
 """One training run on Ray Train: start it, follow the reports, return the chosen checkpoint."""
 
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Queue
 
 from overtone.errors import OvertoneError
-from overtone.logging import get_logger
 from train.config import ClusterConfig, TrainConfig
 from train.data import Split
+from train.follow import Follow, Forward, following
 from train.loop import WEIGHTS
 from train.worker import train_loop_per_worker
-
-Follow = Callable[[dict[str, Any]], None]
-"""Takes the metrics of one report of the first worker."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Pa
         OvertoneError: a worker failed for good; the error a worker raised, where it is one of ours.
     """
     reports = Queue(actor_options={"num_cpus": 0})
-    callbacks: list[Any] = [_Forward(reports)]
+    callbacks: list[Any] = [Forward(reports)]
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -70,7 +62,7 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Pa
             callbacks=callbacks,
         ),
     )
-    with _following(reports, follow):
+    with following(reports, follow):
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -114,40 +106,3 @@ def _cause(error: TrainingFailedError) -> OvertoneError:
             seen = getattr(seen, "cause", None) or seen.__cause__
     first = f": {type(failures[0]).__name__}: {failures[0]}" if failures else f": {error}"
     return OvertoneError(f"training failed{first}")
-
-
-class _Forward(UserCallback):
-    """Sends each report from Ray's controller process to the process that started the run."""
-
-    def __init__(self, reports: Queue) -> None:
-        self._reports = reports
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._reports.put(metrics[0])
-
-
-@contextmanager
-def _following(reports: Queue, follow: Follow) -> Iterator[None]:
-    ended = threading.Event()
-
-    def drain() -> None:
-        while True:
-            finishing = ended.is_set()
-            try:
-                while True:
-                    follow(reports.get(timeout=0.5))
-            except Empty:
-                if finishing:
-                    return
-            except RayError as error:
-                get_logger().warning("train.reports_lost", reason=type(error).__name__)
-                return
-
-    thread = threading.Thread(target=drain, name="train-reports", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=10)
-        reports.shutdown(force=True)

@@ -21,7 +21,6 @@ from train.data import LabelledTexts, Split, augment, length_grouped, log_prior,
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
 from train.optimiser import learning_rate_factor, make_average, make_loss, make_mixout, parameter_groups, products_in
 from train.scores import score, softmax
-from train.sharding import put_back, whole_moments, whole_weights
 
 WEIGHTS = "weights"
 """Folder of a checkpoint with the weights to evaluate and export, in Hugging Face form, and the tokenizer."""
@@ -74,6 +73,8 @@ class _Progress:
 
 class Run:
     """One worker's share of a run: the model, what changes it, and the counters.
+
+    `train.sharding` is imported where it is used: that takes a second and a half, which other runs need not wait.
 
     `soft` holds the teachers' probabilities, float32 [training texts, labels], if there are any.
     """
@@ -247,6 +248,8 @@ class Run:
     def _weights(self) -> Any:
         """The model to evaluate and save; with sharding, all workers take part and the first one gets it."""
         if self.sharded:
+            from train.sharding import whole_weights
+
             whole = whole_weights(self.bare)
             if self.twin is not None:
                 self.twin.load_state_dict(whole)
@@ -271,7 +274,11 @@ class Run:
         return logits
 
     def _moments(self) -> dict[str, Any]:
-        return whole_moments(self.bare, self.optimiser) if self.sharded else self.optimiser.state_dict()
+        if not self.sharded:
+            return self.optimiser.state_dict()
+        from train.sharding import whole_moments
+
+        return whole_moments(self.bare, self.optimiser)
 
     def _save(self, folder: Path, weights: Any, moments: dict[str, Any]) -> None:
         weights.save_pretrained(folder / WEIGHTS)
@@ -296,6 +303,8 @@ class Run:
         if state["sharded"] != self.sharded:
             raise ConfigurationError("a run cannot be resumed with another cluster.sharding; give it another name")
         if self.sharded:
+            from train.sharding import put_back
+
             put_back(self.bare, self.optimiser, state["model"], state["optimiser"])
         else:
             self.bare.load_state_dict(state["model"])

@@ -141,28 +141,34 @@ def unbroken(workshop: Path, values: dict[str, Any]) -> Bundle:
     return load_bundle(running.output)
 
 
-def test_a_killed_command_resumes_by_the_name_of_its_run(workshop: Path) -> None:
-    with run(workshop, "resumed") as first:
+@pytest.fixture(scope="module")
+def resumed(workshop: Path) -> tuple[Bundle, str]:
+    """The bundle of a run whose command was killed and given again, and what the second one printed."""
+    arguments = ("resumed", "--seed", "5")
+    with run(workshop, *arguments) as first:
         first.wait_for_checkpoint()
         for process in (psutil.Process(first.process.pid), *psutil.Process(first.process.pid).children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 process.kill()
         first.process.wait()
 
-    with run(workshop, "resumed") as second:
+    with run(workshop, *arguments) as second:
         printed = second.finish()
+    return load_bundle(second.output), printed
 
-    steps = [int(found) for found in re.findall(r"step (\d+)/", printed)]
+
+def test_a_killed_command_resumes_by_the_name_of_its_run(resumed: tuple[Bundle, str]) -> None:
+    steps = [int(found) for found in re.findall(r"step (\d+)/", resumed[1])]
     assert min(steps) > STEPS // 3, "the first epoch was trained again"
     assert max(steps) == STEPS
 
 
-def test_the_same_seed_gives_the_same_bundle(workshop: Path) -> None:
-    bundles = []
-    for name in ("once", "twice"):
-        with run(workshop, name, "--seed", "5") as running:
-            running.finish()
-        bundles.append(load_bundle(running.output))
+def test_the_same_seed_gives_the_same_bundle_even_if_one_run_was_killed(
+    workshop: Path, resumed: tuple[Bundle, str]
+) -> None:
+    with run(workshop, "unbroken", "--seed", "5") as unbroken:
+        unbroken.finish()
 
-    assert bundles[0].sha256 == bundles[1].sha256
-    assert bundles[0].version == bundles[1].version
+    bundle = load_bundle(unbroken.output)
+    assert bundle.sha256 == resumed[0].sha256
+    assert bundle.version == resumed[0].version
