@@ -12,7 +12,7 @@ PACKAGES = ("overtone", "serve", "train", "ingest", "kuberay")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 RAY_ROOMS = re.compile(
     r"serve/(app|replica|consumers|loopback)\.py"
-    r"|train/(cluster|job|remote|worker|rescore|stages|submission|retrainer|__main__)\.py"
+    r"|train/(cluster|follow|job|remote|worker|rescore|stages|submission|retrainer|__main__)\.py"
     r"|ingest/actor\.py|overtone/cli/.*|benchmarks/.*"
 )
 
