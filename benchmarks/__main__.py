@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bare_engine import BareEngine, Job
-from benchmarks.command import run
+from benchmarks.command import require_parts, run
 from benchmarks.compare import Comparison
 from benchmarks.load import Target
 from benchmarks.measure import Effort, Say, measure_baseline, measure_engine, measure_server, measure_torch
@@ -165,9 +165,7 @@ def bench(  # noqa: PLR0913, PLR0917  # each is an option of the command
 
 
 def _parts(full: bool, only: list[str] | None, url: str | None) -> set[str]:
-    unknown = set(only or ()) - set(PARTS)
-    if unknown:
-        raise ConfigurationError(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    require_parts(only, PARTS)
     parts = set(only or (FULL_PARTS if full else USUAL_PARTS))
     if url and any(part.startswith("peers") for part in parts):
         raise ConfigurationError("Peers are measured in turn with servers of our own, so --url cannot go with them")

@@ -2,13 +2,13 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
 from rich.console import Console
 
-from overtone.errors import OvertoneError
+from overtone.errors import ConfigurationError, OvertoneError
 
 
 def run(command: Callable[..., Any]) -> None:
@@ -22,3 +22,13 @@ def run(command: Callable[..., Any]) -> None:
     except OvertoneError as error:
         Console(stderr=True).print(f"[red]{error.message}[/]")
         sys.exit(1)
+
+
+def require_parts(only: Sequence[str] | None, parts: Sequence[str]) -> None:
+    """Refuse what the option `--only` names beside `parts`.
+
+    Raises:
+        ConfigurationError: naming it and what there is.
+    """
+    if unknown := set(only or ()).difference(parts):
+        raise ConfigurationError(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(parts)}")

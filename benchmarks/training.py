@@ -1,8 +1,8 @@
 """`python -m benchmarks.training`: what Ray Train costs, what a second worker brings, what grouping by length saves.
 
 Every figure is a ratio of training speeds, texts/s, of runs made one after the other on this machine: the same loop,
-encoder and texts, without exports. Start-up and the first stretch of steps are left out. Grouping is measured on a GPU
-where there is one, and needs no Ray; the others are measured on the CPU.
+encoder and texts, without exports. Start-up and the first stretch of steps are left out. Runs are on a GPU where there
+is one, two workers where there are two. Grouping needs no Ray.
 """
 
 import json
@@ -19,16 +19,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import run
+from benchmarks.command import require_parts, run
 from benchmarks.results import RESULTS, Result, ratio, write
 from benchmarks.texts import synthetic_texts
-from overtone.errors import ConfigurationError
 from overtone.schema import LABELS
 from train.config import TrainConfig, load_config
 from train.data import Split, read_split
 
 OUTPUT = RESULTS.with_name("training.json")
-PARTS = ("ray", "workers", "grouping")
+PARTS = {
+    "ray": ("train.ray_ratio", "ray", "grouped"),
+    "workers": ("train.two_workers_ratio", "two workers", "ray"),
+    "grouping": ("train.grouping_ratio", "grouped", "random"),
+}
+"""Of each part the figure, and the kinds of run whose speeds it divides."""
 AIMS = {
     "train.ray_ratio": "at least 0.95",
     "train.two_workers_ratio": "at least 0.9",
@@ -55,34 +59,23 @@ def main(
     if bare is not None:
         sys.stdout.write(json.dumps(_train_alone(config, bare)) + "\n")
         return
-    if unknown := set(only or ()).difference(PARTS):
-        raise ConfigurationError(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    parts = set(only or PARTS)
-    runs = {
-        "grouped": parts & {"ray", "grouping"},
-        "random": parts & {"grouping"},
-        "ray": parts & {"ray", "workers"},
-        "two workers": parts & {"workers"},
-    }
-    speeds: dict[str, list[float]] = {kind: [] for kind, needed_by in runs.items() if needed_by}
+    require_parts(only, tuple(PARTS))
+    ratios = [PARTS[part] for part in dict.fromkeys(only or PARTS)]
+    speeds: dict[str, list[float]] = {kind: [] for _, *kinds in ratios for kind in kinds}
     details: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="overtone-") as scratch, _console.status("starting") as status:
         folder = Path(scratch)
-        _write_data(folder, config)
+        _write_data(folder, steps * config.optimiser.batch_size)
         for number in range(rounds):
             for kind, seen in speeds.items():
                 status.update(f"round {number + 1} of {rounds}: {kind}")
-                measured = _measure(kind, folder, config, assign or [], f"{kind}-{number}".replace(" ", "-"))
+                measured = _measure(kind, folder, steps, assign or [], f"{kind}-{number}".replace(" ", "-"))
                 seen.append(measured.pop("texts_per_s"))
                 details[kind] = measured
-    results: dict[str, Result] = {}
-    for name, part, kind, other in (
-        ("train.ray_ratio", "ray", "ray", "grouped"),
-        ("train.two_workers_ratio", "workers", "two workers", "ray"),
-        ("train.grouping_ratio", "grouping", "grouped", "random"),
-    ):
-        if part in parts:
-            results[name] = ratio(speeds[kind], speeds[other], texts_per_s=_middle(speeds[kind]), **details[kind])
+    results = {
+        name: ratio(speeds[kind], speeds[other], texts_per_s=_middle(speeds[kind]), **details[kind])
+        for name, kind, other in ratios
+    }
     write(results, output, model_version="none", quick=False)
     _show(results)
 
@@ -95,8 +88,7 @@ def _config(steps: int, assignments: Sequence[str]) -> TrainConfig:
     )
 
 
-def _write_data(folder: Path, config: TrainConfig) -> None:
-    number = config.optimiser.batch_size * (config.optimiser.max_steps or 0)
+def _write_data(folder: Path, number: int) -> None:
     texts = [" ".join(text.split()) for text in synthetic_texts(number + 32)]
     for name, chosen in (("train", texts[32:]), ("validation", texts[:32])):
         lines = [f"{LABELS[row % len(LABELS)]}\t{text}" for row, text in enumerate(chosen)]
@@ -121,20 +113,19 @@ class _Speed:
         return {"texts_per_s": statistics.harmonic_mean(self._seen[1:]), **found}
 
 
-def _measure(kind: str, folder: Path, config: TrainConfig, assignments: Sequence[str], name: str) -> dict[str, Any]:
+def _measure(kind: str, folder: Path, steps: int, assignments: Sequence[str], name: str) -> dict[str, Any]:
+    own = {"two workers": ["cluster.workers=2"], "random": ["data.group_batches=1"]}.get(kind, [])
+    chosen = [*assignments, *own]
     if kind in {"grouped", "random"}:
-        chosen = [*assignments, *(["data.group_batches=1"] if kind == "random" else [])]
         sets = [part for assignment in chosen for part in ("--set", assignment)]
-        steps = str(config.optimiser.max_steps)
-        command = [sys.executable, "-m", "benchmarks.training", "--bare", str(folder), "--steps", steps, *sets]
+        command = [sys.executable, "-m", "benchmarks.training", "--bare", str(folder), "--steps", str(steps), *sets]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         measured: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return measured
     from train.cluster import ray_cluster
     from train.job import RunSpec, run_training
 
-    if kind == "two workers":
-        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 2})})
+    config = _config(steps, chosen)
     spec = RunSpec(name, _split(folder, config), str(folder / "runs"))
     speed = _Speed()
     with ray_cluster(None):
@@ -143,13 +134,11 @@ def _measure(kind: str, folder: Path, config: TrainConfig, assignments: Sequence
 
 
 def _train_alone(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    import torch
-
     from train.loop import Run, alone
+    from train.optimiser import usable_device
 
     speed = _Speed()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    Run(config, _split(folder, config), None, replace(alone(speed.report), device=device)).train()
+    Run(config, _split(folder, config), None, replace(alone(speed.report), device=usable_device())).train()
     return speed.value()
 
 

@@ -17,7 +17,7 @@ from overtone.errors import ConfigurationError
 from train.config import TeacherConfig, TrainConfig
 from train.data import LabelledTexts, alter, augment, log_prior, pad
 from train.encoder import encoder_of, open_trained
-from train.optimiser import products_in
+from train.optimiser import products_in, usable_device
 from train.progress import Counted
 
 _BATCH_TOKENS = 8192
@@ -60,7 +60,7 @@ def soft_labels(
     Raises:
         ConfigurationError: a teacher cannot be read or has other labels.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device()
     products = products_in(precision, device)
     prior = torch.from_numpy(log_prior(rows.labels, labels)).to(device)
     total = np.zeros((len(texts), labels), dtype=np.float64)

@@ -22,6 +22,8 @@ from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
 from train.optimiser import learning_rate_factor, make_average, make_loss, make_mixout, parameter_groups, products_in
 from train.scores import score, softmax
 
+# `train.sharding` is imported where it is used: that takes a second and a half, which other runs need not wait.
+
 WEIGHTS = "weights"
 """Folder of a checkpoint with the weights to evaluate and export, in Hugging Face form, and the tokenizer."""
 STATE = "state.pt"
@@ -73,8 +75,6 @@ class _Progress:
 
 class Run:
     """One worker's share of a run: the model, what changes it, and the counters.
-
-    `train.sharding` is imported where it is used: that takes a second and a half, which other runs need not wait.
 
     `soft` holds the teachers' probabilities, float32 [training texts, labels], if there are any.
     """

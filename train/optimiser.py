@@ -15,6 +15,11 @@ _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 _UNDECAYED = re.compile(r"(?:bias|LayerNorm\.weight|layer_norm\.weight|norm\.weight)$")
 
 
+def usable_device() -> torch.device:
+    """A GPU where there is one, for what runs in this process alone."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def products_in(precision: Literal["bf16", "fp32"], device: torch.device) -> torch.autocast:
     """Matrix products in `precision`; in float32 on processors that would emulate bf16, at a seventh of the speed."""
     multiplies_bf16 = device.type != "cpu" or has_fast_bf16(read_cpu_features())
@@ -58,17 +63,17 @@ def _disagreement(first: Tensor, second: Tensor) -> Tensor:
 
 
 def make_mixout(model: nn.Module, chance: float) -> Callable[[], dict[str, Tensor]]:
-    """What gives the weights of each pass: matrices of numbered layers by name, mixed with what they are now.
+    """What gives the weights of each pass: the matrices of numbered layers, by name, mixed with what they are now.
 
-    Each element is its present self with probability `chance`, and scaled so that its mean is the trained one: a
-    regulariser towards the weights that training began with. Gradients reach the parameters of `model`.
+    An element falls back to what it is now with probability `chance`; the others go beyond their trained value by so
+    much that the mean is that value. Gradients reach the parameters of `model`.
     Lee et al. 2020, "Mixout: Effective Regularization to Finetune Large-scale Pretrained Language Models".
     """
     mixed = {name: one for name, one in model.named_parameters() if one.ndim > 1 and _LAYER.search(name)}
     before = {name: one.detach().clone() for name, one in mixed.items()}
 
     def draw() -> dict[str, Tensor]:
-        # Dropout of the difference has the mean and the scale of the paper's formula.
+        # The paper's formula, written as dropout of what training has changed.
         return {
             name: before[name] + nn.functional.dropout(one - before[name], chance, training=True)
             for name, one in mixed.items()

@@ -23,7 +23,7 @@ from train.config import TrainConfig, load_config
 from train.data import length_grouped, pad
 from train.encoder import encoder_of, open_guesser, open_tokenizer
 from train.exits import as_exit_code
-from train.optimiser import learning_rate_factor, parameter_groups, products_in
+from train.optimiser import learning_rate_factor, parameter_groups, products_in, usable_device
 from train.progress import Counted, counted
 
 _IGNORED = -100
@@ -65,7 +65,7 @@ class Pretraining:
             ConfigurationError: the encoder cannot be read, or its tokenizer knows no mask.
         """
         self._settings, self._share = config.optimiser, share
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = usable_device()
         self._products = products_in(config.model.precision, self._device)
         torch.manual_seed(self._settings.seed)
         self._rng = random.Random(self._settings.seed)

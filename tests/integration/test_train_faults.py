@@ -166,9 +166,9 @@ def test_a_killed_command_resumes_by_the_name_of_its_run(resumed: tuple[Bundle, 
 def test_the_same_seed_gives_the_same_bundle_even_if_one_run_was_killed(
     workshop: Path, resumed: tuple[Bundle, str]
 ) -> None:
-    with run(workshop, "unbroken", "--seed", "5") as unbroken:
-        unbroken.finish()
+    with run(workshop, "unbroken", "--seed", "5") as running:
+        running.finish()
 
-    bundle = load_bundle(unbroken.output)
+    bundle = load_bundle(running.output)
     assert bundle.sha256 == resumed[0].sha256
     assert bundle.version == resumed[0].version
