@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from overtone.bundle import Bundle
 from overtone.errors import BundleError, EngineError
+from overtone.hardware import has_fast_int8, read_cpu_features
 from overtone.logging import get_logger
 from overtone.shapes import Bucket, bucket_for, fill, shape_buckets, shape_profile
 
@@ -397,13 +398,15 @@ def _read_signature(bundle: Bundle) -> Signature:
     return Signature.of(session, bundle)
 
 
-def forbid_saturation(options: Any) -> None:
+def forbid_saturation(options: Any, features: frozenset[str] | None) -> None:
     """Have a session with `options` give int8 models the same scores on every processor.
 
-    On x86 without VNNI sums of products of uint8 and int8 saturate at 16 bits. Where ONNX Runtime knows its kernel to
-    do so it shifts the weights to uint8, whose kernel does not; elsewhere it leaves them.
+    On x86 without VNNI sums of products of uint8 and int8 saturate at 16 bits. There ONNX Runtime is told to shift the
+    weights to uint8, whose kernel does not. On a processor with AMX it would shift them too, for a kernel that takes
+    four times as long, so only processors whose `features` (`read_cpu_features`) name no fast int8 are told.
     """
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not has_fast_int8(features):
+        options.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
@@ -417,7 +420,7 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
     options.log_severity_level = 3
     # A waiting thread that spins takes the core from the replica beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    forbid_saturation(options)
+    forbid_saturation(options, read_cpu_features())
     if device.memory == CUDA.memory:
         # CUDA and cuDNN that came as Python packages are on no path the system searches.
         onnxruntime.preload_dlls()

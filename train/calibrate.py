@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from overtone.hardware import read_cpu_features
 from overtone.sessions import forbid_saturation
 from train.graph import Scale
 
@@ -30,7 +31,7 @@ def measure_scales(model: Any, names: Sequence[str], rows: Sequence[Sequence[int
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     options = SessionOptions()
     options.log_severity_level = 3
-    forbid_saturation(options)
+    forbid_saturation(options, read_cpu_features())
     session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     del model.graph.output[-len(names) :]
     held: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from overtone.engine import (
     plan_batches,
 )
 from overtone.errors import BundleError, EngineError
-from overtone.sessions import PlainRunner, Signature
+from overtone.sessions import PlainRunner, Signature, forbid_saturation
 
 TEXTS = [[1, 4, 2], [1, 8, 8, 9, 2], [1, 2], [1, 6, 4, 5, 5, 5, 2], [1, 7, 2]]
 
@@ -111,6 +112,27 @@ def test_sums_of_int8_products_do_not_saturate(tiny_bundle: Bundle, bundle_spec:
     expected = np.exp(logits) / np.exp(logits).sum()
     engine = OnnxEngine(write_bundle(tiny_bundle.path, spec=bundle_spec))
     np.testing.assert_allclose(engine.classify([[1, 2]]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "shifted"),
+    [
+        (frozenset({"avx2"}), True),
+        (frozenset({"avx512f", "avx2"}), True),
+        (None, True),
+        (frozenset({"avx_vnni", "avx2"}), False),
+        (frozenset({"avx512_vnni", "avx512f", "avx2"}), False),
+        (frozenset({"amx_int8", "avx512_vnni", "avx2"}), False),
+    ],
+)
+def test_weights_are_shifted_only_where_sums_would_saturate(features: frozenset[str] | None, shifted: bool) -> None:
+    options = onnxruntime.SessionOptions()
+    forbid_saturation(options, features)
+    if shifted:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have configuration"):
+            options.get_session_config_entry("session.x64quantprecision")
 
 
 @pytest.mark.parametrize("token_ids", [[[1, 99, 2]], [[1, -50, 2], [1, 2]]])

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from overtone.hardware import read_cpu_features
 from overtone.sessions import forbid_saturation
 from train.calibrate import best_scale, measure_scales
 from train.graph import Scale, freeze_scales, pack_rows, quantised_tensors, split_attention
@@ -158,6 +159,6 @@ def _quantised(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
 def _run(model: onnx.ModelProto, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    forbid_saturation(options)
+    forbid_saturation(options, read_cpu_features())
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
