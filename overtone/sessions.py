@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from overtone.bundle import Bundle
+from overtone.denormals import flushed_denormals
 from overtone.errors import BundleError, EngineError
 from overtone.hardware import has_fast_int8, read_cpu_features
 from overtone.logging import get_logger
@@ -178,7 +179,8 @@ class PlainRunner:
         now = time.monotonic()
         is_idle = now - self._ended > _IDLE_SHARE * (self._ended - self._began)
         session = self._wide if self._wide is not None and is_idle and len(ids) == 1 else self._session
-        logits: Array = session.run([self.signature.output], self.signature.feed(ids, mask))[0]
+        with flushed_denormals():
+            logits: Array = session.run([self.signature.output], self.signature.feed(ids, mask))[0]
         self._began, self._ended = now, time.monotonic()
         return logits
 
@@ -420,6 +422,7 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
     options.log_severity_level = 3
     # A waiting thread that spins takes the core from the replica beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     forbid_saturation(options, read_cpu_features())
     if device.memory == CUDA.memory:
         # CUDA and cuDNN that came as Python packages are on no path the system searches.
@@ -430,14 +433,16 @@ def _open_session(bundle: Bundle, threads: int, device: Device) -> Any:
     else:
         providers.setdefault(CPU.provider, {})
     try:
-        session = onnxruntime.InferenceSession(
-            str(bundle.model_path),
-            options,
-            providers=list(providers.items()),
-            disabled_optimizers=list(device.disabled_fusions),
-            # It would print, and go on with another provider than the one that was chosen.
-            enable_fallback=0,
-        )
+        # A process's first session would flush denormals on the thread that opens it for good.
+        with flushed_denormals():
+            session = onnxruntime.InferenceSession(
+                str(bundle.model_path),
+                options,
+                providers=list(providers.items()),
+                disabled_optimizers=list(device.disabled_fusions),
+                # It would print, and go on with another provider than the one that was chosen.
+                enable_fallback=0,
+            )
     except Exception as error:
         hint = "; it may need a bundle exported with `export.operators: standard`" if device.takes_all else ""
         raise BundleError(
