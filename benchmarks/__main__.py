@@ -148,15 +148,18 @@ def bench(  # noqa: PLR0913, PLR0917  # each is an option of the command
     _warn_of_neighbours()
     with tempfile.TemporaryDirectory(prefix="ovl-") as folder, _console.status("starting") as status:
         run = _Run(settings, bundle, chosen, effort, Path(folder), status.update, url)
-        run.measure(parts)
-    write(
-        run.results,
-        output,
-        model_version=bundle.version,
-        quick=quick,
-        rounds=effort.rounds,
-        unavailable=run.unavailable,
-    )
+        try:
+            run.measure(parts)
+        finally:
+            # What took an hour is not lost by what fails in the next minute.
+            write(
+                run.results,
+                output,
+                model_version=bundle.version,
+                quick=quick,
+                rounds=effort.rounds,
+                unavailable=run.unavailable,
+            )
     _show(run, output)
     if full and not quick and not only:
         publish(output)

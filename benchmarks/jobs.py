@@ -24,8 +24,8 @@ import httpx
 import psutil
 from rich.console import Console
 
-from overtone.cli.plan import free_ports
 from overtone.cli.processes import marked_processes
+from overtone.ports import free_ports
 
 CONSUMER = "ServeReplica:overtone-jobs:"
 _WORDS = ("love it", "hate it", "so so", "great day", "worst ever", "it is ok", "what a song", "never again")

@@ -1,7 +1,6 @@
 """A server of the benchmark's own: `overtone up` in a home that is thrown away after, on a port of its own."""
 
 import contextlib
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from benchmarks.load import Target
 from overtone.errors import UnavailableError
+from overtone.ports import free_ports
 from overtone.settings import Settings, environment_for
 
 # One post in two minutes: the stack is whole, as users run it, and the ingest actor leaves the cores alone.
@@ -27,7 +27,7 @@ def own_server(settings: Settings, home: Path) -> Iterator[Target]:
     Raises:
         UnavailableError: it did not start; the message holds what it said.
     """
-    port = free_port()
+    port = free_ports(1)[0]
     environment = _environment(settings, home, port)
     try:
         _command(["up", "--detach"], environment, home, _START_S)
@@ -84,10 +84,3 @@ def _await_ready(url: str) -> None:
     ):
         with attempt:
             httpx.get(f"{url}/ready", timeout=5.0).raise_for_status()
-
-
-def free_port() -> int:
-    """A TCP port of the loopback address that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

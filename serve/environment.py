@@ -10,7 +10,6 @@ import hashlib
 import ipaddress
 import os
 import shutil
-import socket
 import stat
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from overtone.errors import EnvironmentProblemError
+from overtone.ports import free_ports
 from serve.haproxy import BUFFER_BYTES, write_start_script
 
 APPLICATION = "overtone"
@@ -164,7 +164,7 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.shortcut:middlewares",
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_ports(1)[0]),
         **variables,
     }
 
@@ -172,12 +172,6 @@ def _haproxy(folder: Path, binary: Path) -> dict[str, str]:
 def _python_proxy() -> dict[str, str]:
     """Ray's own proxy, for machines without HAProxy: slower, but the same answers."""
     return {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-    return port
 
 
 def _make_private(folder: Path) -> None:

@@ -23,6 +23,7 @@ import psutil
 from overtone.bundle import Bundle
 from overtone.db import keys
 from overtone.db.database import Database
+from overtone.ports import free_ports
 from serve.environment import APPLICATION, haproxy_pids, runtime_folder, serve_environment
 
 SECRET = "ovt_cluster-test"
@@ -189,11 +190,6 @@ def failures(calls: list[Call]) -> list[str]:
     return [f"{call.status} {call.response.text[:300]}" for call in calls if call.status != 200]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
-
-
 @contextlib.contextmanager
 def started(postgres_url: str, bundle: Bundle, *, has_dashboard: bool = False) -> Iterator[Stack]:
     """A Ray instance in which nothing is served yet, in the environment that Overtone needs."""
@@ -202,7 +198,8 @@ def started(postgres_url: str, bundle: Bundle, *, has_dashboard: bool = False) -
     folder = runtime_folder(home)
     metrics_folder = home / "metrics"
     metrics_folder.mkdir()
-    stack = Stack(folder, free_port(), {}, free_port(), free_port(), metrics_folder)
+    api, ray, dashboard = free_ports(3)
+    stack = Stack(folder, api, {}, ray, dashboard, metrics_folder)
     stack.environment.update(
         os.environ,
         **serve_environment(host="127.0.0.1", folder=folder, first_replica_port=FIRST_PORT),
@@ -230,6 +227,7 @@ async def _import_key(url: str) -> None:
 
 def _start_ray(stack: Stack, temporary: Path, *, has_dashboard: bool) -> None:
     program = Path(sys.executable).parent / "ray"
+    client, agent = free_ports(2)
     options = {
         "port": stack.ray_port,
         "node-ip-address": "127.0.0.1",
@@ -238,8 +236,8 @@ def _start_ray(stack: Stack, temporary: Path, *, has_dashboard: bool) -> None:
         "dashboard-port": stack.dashboard_port,
         "num-cpus": 4,
         "object-store-memory": 80_000_000,
-        "ray-client-server-port": free_port(),
-        "dashboard-agent-listen-port": free_port(),
+        "ray-client-server-port": client,
+        "dashboard-agent-listen-port": agent,
         "temp-dir": temporary,
     }
     stack.run(str(program), "start", "--head", *(f"--{name}={value}" for name, value in options.items()))

@@ -16,12 +16,12 @@ import yaml
 
 from benchmarks.day.script import Day, Victim, kills, options, scenario
 from benchmarks.day.verdict import Verdict, judge
-from overtone.cli.plan import free_ports
 from overtone.db.database import Database
 from overtone.db.embedded import EmbeddedPostgres
 from overtone.db.keys import create_key
 from overtone.db.migrate import upgrade
 from overtone.errors import OvertoneError
+from overtone.ports import free_ports
 from overtone.settings import environment_for, load_settings
 
 _RESTART_AFTER_S = 1.0

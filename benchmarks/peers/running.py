@@ -12,11 +12,11 @@ import psutil
 
 from benchmarks.peers.catalogue import Peer
 from benchmarks.peers.environments import interpreter
-from benchmarks.server import free_port
 from overtone.bundle import Bundle, TextEncoder, to_prediction
 from overtone.engine import classify_sorted, open_engine
 from overtone.errors import UnavailableError
 from overtone.hardware import usable_cores
+from overtone.ports import free_ports
 from overtone.settings import Settings, environment_for
 from overtone.text import normalise
 
@@ -34,7 +34,7 @@ def running(peer: Peer, settings: Settings, folder: Path) -> Iterator[str]:
     Raises:
         UnavailableError: it is not installed or did not start; the message holds the end of its log.
     """
-    port = free_port()
+    port = free_ports(1)[0]
     environment = environment_for(settings, PYTHONPATH=str(_ROOT), PYTHONUNBUFFERED="1")
     if settings.bundle is not None:
         environment["BUNDLE"] = str(settings.bundle.absolute())

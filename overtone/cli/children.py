@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 
 from overtone.cli.exits import error_of
-from overtone.cli.plan import LOOPBACK, Plan
+from overtone.cli.plan import Plan
 from overtone.cli.processes import end
 from overtone.cli.state import ProcessRecord
 from overtone.errors import EnvironmentProblemError, UnavailableError
+from overtone.ports import LOOPBACK
 
 _LOG_LIMIT_BYTES = 10_000_000
 _OBJECT_STORE_BYTES = 128 * 1024 * 1024

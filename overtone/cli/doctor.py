@@ -21,12 +21,13 @@ from rich.markup import escape
 from overtone.bundle import Bundle, TextEncoder, load_bundle
 from overtone.cli.cleanup import embedded_postgres
 from overtone.cli.exits import EXIT_CODES
-from overtone.cli.plan import DASHBOARD_PORT, LOOPBACK, free_ports, port_owner, require_free_port
+from overtone.cli.plan import DASHBOARD_PORT, port_owner, require_free_port
 from overtone.cli.state import RunFolder
 from overtone.db.embedded import find_binaries
 from overtone.engine import choose_engine, classify_sorted, is_slow, open_engine, usable_providers
 from overtone.errors import EnvironmentProblemError, OvertoneError
 from overtone.hardware import CPU_FEATURES, read_cpu_features
+from overtone.ports import LOOPBACK, free_ports
 from overtone.settings import Settings, load_settings
 from overtone.torch_engine import Target, is_installed, usable_target
 from serve.environment import find_haproxy, is_loopback, runtime_folder

@@ -14,10 +14,10 @@ from overtone.cli.cleanup import embedded_postgres, ray_folder
 from overtone.cli.processes import MARK, mark_of
 from overtone.db.embedded import EmbeddedPostgres
 from overtone.errors import EnvironmentProblemError
+from overtone.ports import LOOPBACK, free_ports
 from overtone.settings import Settings, environment_for
 from serve.environment import is_loopback, runtime_folder, serve_environment
 
-LOOPBACK = "127.0.0.1"
 DASHBOARD_PORT = 8265
 _DASHBOARD_CORES = 4
 """With fewer, the dashboard would take longer to start than everything else together."""
@@ -153,19 +153,6 @@ def make_plan(
     )
 
 
-def free_ports(count: int, prefer: dict[int, int] | None = None) -> list[int]:
-    """`count` different TCP ports that are free on loopback now; `prefer` names a wish for some of them by index."""
-    held: list[socket.socket] = []
-    try:
-        for index in range(count):
-            wish = (prefer or {}).get(index, 0)
-            held += [_bound(wish) or _bound(0) or _none_left()]
-        return [int(each.getsockname()[1]) for each in held]
-    finally:
-        for each in held:
-            each.close()
-
-
 def require_free_port(host: str, port: int) -> None:
     """Raise unless a server can listen on `host`:`port`.
 
@@ -194,20 +181,6 @@ def port_owner(port: int) -> str:
     except psutil.Error:
         pass
     return ""
-
-
-def _bound(port: int) -> socket.socket | None:
-    probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        probe.bind((LOOPBACK, port))
-    except OSError:
-        probe.close()
-        return None
-    return probe
-
-
-def _none_left() -> socket.socket:
-    raise EnvironmentProblemError("No free TCP port is left on loopback.")
 
 
 def ray_variables(settings: Settings, home: Path, folder: Path) -> dict[str, str]:

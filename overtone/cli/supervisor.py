@@ -20,7 +20,7 @@ from overtone.cli.children import Child, Driver, ray_head, simulator
 from overtone.cli.cleanup import stop_home, stop_ray
 from overtone.cli.draining import drain_api
 from overtone.cli.figures import Totals, await_drained
-from overtone.cli.plan import LOOPBACK, Plan
+from overtone.cli.plan import Plan
 from overtone.cli.processes import MARK
 from overtone.cli.rates import RateMeter
 from overtone.cli.reports import PAGE, Report, curl_line
@@ -30,6 +30,7 @@ from overtone.db.database import Database
 from overtone.db.migrate import upgrade
 from overtone.errors import OvertoneError, UnavailableError
 from overtone.logging import get_logger
+from overtone.ports import LOOPBACK
 
 SIGN_IN_TTL_S = 15 * 60.0
 

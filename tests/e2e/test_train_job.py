@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -20,8 +19,8 @@ import pytest
 import yaml
 
 from overtone.bundle import load_bundle
-from overtone.cli.plan import free_ports
 from overtone.db.embedded import running_url
+from overtone.ports import free_ports
 from overtone.registry import Registry, tracking_uri
 from overtone.settings import load_settings
 
@@ -62,8 +61,7 @@ class Stack:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        # Below those that the system hands out to whoever connects meanwhile.
-        port = free_ports(1, prefer={0: random.randrange(20_000, 30_000)})[0]
+        port = free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self.environment = {name: value for name, value in os.environ.items() if name not in UNSET}
         self.environment |= {

@@ -23,9 +23,9 @@ import psutil
 import pytest
 
 from overtone.cli.cleanup import embedded_postgres, stop_home
-from overtone.cli.plan import free_ports
 from overtone.cli.processes import is_gone, marked_processes
 from overtone.cli.state import RunFolder
+from overtone.ports import free_ports
 from serve.environment import haproxy_pids, runtime_folder
 
 pytestmark = pytest.mark.timeout(600)

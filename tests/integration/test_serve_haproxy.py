@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from overtone.cli.draining import drain_api
+from overtone.ports import free_ports
 from serve.environment import find_haproxy, runtime_folder, serve_environment
 
 Replica = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -25,11 +25,6 @@ pytestmark = [
 ]
 HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 LARGE = b"x" * 200_000
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
@@ -122,7 +117,7 @@ async def proxy_before(
     folder: Path, servers: list[int], environment: dict[str, str], *, has_app: bool = True
 ) -> AsyncIterator[str]:
     """HAProxy with Ray's configuration for replicas on the ports `servers`; its address."""
-    port, file = free_port(), folder / "haproxy.cfg"
+    (port,), file = free_ports(1), folder / "haproxy.cfg"
     write_config(file, port, servers, environment, has_app=has_app)
     process = await asyncio.create_subprocess_exec(
         environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file), stderr=asyncio.subprocess.PIPE

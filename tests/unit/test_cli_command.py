@@ -14,10 +14,11 @@ from rich.console import Console
 from overtone import errors
 from overtone.cli.durations import in_words, parse_duration
 from overtone.cli.exits import EXIT_CODES, error_of, exit_code, tell
-from overtone.cli.plan import free_ports, require_free_port
+from overtone.cli.plan import require_free_port
 from overtone.cli.reports import JsonReport, curl_line
 from overtone.cli.state import PartRecord
 from overtone.cli.supervisor import secret_file
+from overtone.ports import free_ports
 from overtone.settings import Settings
 
 
@@ -147,13 +148,6 @@ def test_a_taken_port_is_named_with_the_way_out() -> None:
         taken.listen()
         with pytest.raises(errors.EnvironmentProblemError, match="API_PORT"):
             require_free_port("127.0.0.1", taken.getsockname()[1])
-
-
-def test_free_ports_differ_and_a_wish_is_kept_if_it_can_be() -> None:
-    wish = free_ports(1)[0]
-    chosen = free_ports(5, {2: wish})
-    assert len(set(chosen)) == 5
-    assert chosen[2] == wish
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from overtone.cli.plan import free_ports
+from overtone.ports import free_ports
 
 
 @dataclass
