@@ -57,8 +57,11 @@ def _connect(address: str | None, folder: str | None) -> None:
             ray.init(address, **common)
             return
         # Ray wants a token here and, finding none, writes one to ~/.ray, where every later `ray start` obeys it.
-        # And nobody takes this machine away with notice, which Ray Train would have a process of its own look out for.
-        set_default_environment(RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
+        # Nobody takes this machine away with notice, which Ray Train would have a process of its own look out for.
+        # Workers, 15 nicer by default, would wait for whichever process of Ray's wakes up, and their step with them.
+        set_default_environment(
+            RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0", RAY_worker_niceness="0"
+        )
         ray.init(
             "local",
             include_dashboard=False,

@@ -5,8 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import nn
 
@@ -18,6 +20,7 @@ def train_loop_per_worker(values: dict[str, Any]) -> None:
     """Fine-tune, evaluate and checkpoint. `values`: `config` (a `TrainConfig`), `split` (a `Split`),
     `soft_labels` (probabilities, float32 [training texts, labels], or None)."""
     context = ray.train.get_context()
+    _use_assigned_cores()
     config = TrainConfig.model_validate(values["config"])
     world, device = context.get_world_size(), ray.train.torch.get_device()
     sharded = config.cluster.sharding == "shard"
@@ -39,6 +42,13 @@ def train_loop_per_worker(values: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             run.resume(Path(folder))
     run.train()
+
+
+def _use_assigned_cores() -> None:
+    """Compute on as many threads as the worker has CPUs: where replicas run too, OMP_NUM_THREADS is 1 for all."""
+    cores = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
+    if cores:
+        torch.set_num_threads(cores)
 
 
 def _report(metrics: dict[str, Any], folder: Path | None) -> None:

@@ -12,6 +12,7 @@ import yaml
 from overtone.bundle import Bundle, TextEncoder, load_bundle
 from overtone.cli.processes import MARK, mark_of, marked_processes
 from overtone.engine import check_golden, classify_sorted, open_engine
+from overtone.hardware import usable_cores
 from overtone.settings import environment_for, load_settings
 
 pytestmark = pytest.mark.timeout(240)
@@ -59,6 +60,8 @@ def run_train(workshop: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     home = str(workshop / "home")
     environment = environment_for(load_settings(), OVERTONE_HOME=home, HOME=home, LOG_FORMAT="json")
     environment[MARK] = mark_of(workshop / "home", "test", "train")
+    # As on a cluster where replicas run too.
+    environment["OMP_NUM_THREADS"] = "1"
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
@@ -85,6 +88,7 @@ def test_texts_in_a_bundle_out(workshop: Path, trained: str) -> None:
 
     card = (workshop / "bundle" / "README.md").read_text()
     assert bundle.version in card
+    assert f"1 x {usable_cores()} CPU threads" in card
     assert "python -m train --config" in card
     assert "validation: macro-averaged recall" in trained
     assert not (workshop / "home" / ".ray").exists(), "Ray's token was left in the home folder"
