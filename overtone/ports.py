@@ -8,9 +8,9 @@ from overtone.errors import EnvironmentProblemError
 
 LOOPBACK = "127.0.0.1"
 
-_RANGE = range(10_000, 30_000)
-"""Below those that Linux (32,768 on) and macOS (49,152 on) give to connections that go out: one of these may be taken
-between the choice and the start of the server."""
+_RANGE = range(20_000, 30_000)
+"""Above those that Ray gives to its workers (10,002 to 19,999) and below those that Linux (32,768 on) and macOS (49,152
+on) give to connections that go out: one of these may be taken between the choice and the start of the server."""
 
 
 def free_ports(count: int, prefer: Mapping[int, int] | None = None) -> list[int]:
