@@ -151,15 +151,16 @@ def bench(  # noqa: PLR0913, PLR0917  # each is an option of the command
         try:
             run.measure(parts)
         finally:
-            # What took an hour is not lost by what fails in the next minute.
-            write(
-                run.results,
-                output,
-                model_version=bundle.version,
-                quick=quick,
-                rounds=effort.rounds,
-                unavailable=run.unavailable,
-            )
+            # What took an hour is not lost by what fails in the next minute; what fails at once replaces no results.
+            if run.results or run.unavailable:
+                write(
+                    run.results,
+                    output,
+                    model_version=bundle.version,
+                    quick=quick,
+                    rounds=effort.rounds,
+                    unavailable=run.unavailable,
+                )
     _show(run, output)
     if full and not quick and not only:
         publish(output)
