@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from ingest.simulator import SimulatorOptions, start_simulator
 from overtone.db import Database
 from overtone.db.predictions import counts
 from overtone.metrics import exposition
+from overtone.ports import free_ports
 from overtone.settings import load_settings
 
 LIMIT = 1_500
@@ -67,9 +67,7 @@ async def surroundings(fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch)
 def ray_here(surroundings: str) -> Iterator[Any]:
     """A Ray of this test alone, started in the environment that `surroundings` prepared."""
     folder = tempfile.mkdtemp(prefix="ovt-ray-", dir="/tmp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1)[0]
     command = f"start --head --block --disable-usage-stats --include-dashboard=false --num-cpus=1 --port={port}"
     head = subprocess.Popen(
         [

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -30,6 +29,7 @@ from overtone.db.embedded import EmbeddedPostgres
 from overtone.db.gaps import list_gaps
 from overtone.db.migrate import upgrade
 from overtone.errors import OvertoneError, StreamFatalError
+from overtone.ports import free_ports
 from overtone.settings import Settings, environment_for, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -90,9 +90,7 @@ class World:
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self.api_port = runner.addresses[0][1]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.simulator_port = free.getsockname()[1]
+        self.simulator_port = free_ports(1)[0]
         self.http = await self._stack.enter_async_context(aiohttp.ClientSession())
         return self
 

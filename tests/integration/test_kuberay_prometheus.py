@@ -1,7 +1,6 @@
 """A real Prometheus with the rules of the product scrapes its metrics, and evaluates every rule without an error."""
 
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 import yaml
 
 from overtone import metrics
+from overtone.ports import free_ports
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "prometheus"
 
@@ -54,8 +54,7 @@ def prometheus(exporter: str, tmp_path: Path) -> Iterator[str]:
     config["scrape_configs"][0]["static_configs"] = [{"targets": [exporter]}]
     del config["alerting"]
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
+    port = free_ports(1)[0]
     options = {
         "config.file": tmp_path / "prometheus.yaml",
         "storage.tsdb.path": tmp_path / "data",

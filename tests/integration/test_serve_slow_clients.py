@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from overtone.ports import free_ports
 from serve.environment import find_haproxy, runtime_folder, serve_environment
 
 CONFIG = """\
@@ -57,8 +58,7 @@ def address(tmp_path: Path) -> Iterator[tuple[str, int]]:
         pytest.skip("there is no HAProxy on this machine")
     backend = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=backend.serve_forever, daemon=True).start()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_ports(1)[0]
     folder = runtime_folder(tmp_path)
     script = Path(serve_environment(host="127.0.0.1", folder=folder)["RAY_SERVE_HAPROXY_BINARY_PATH"])
     script.write_text(re.sub(r"timeout http-request \d+s", "timeout http-request 1s", script.read_text()))
