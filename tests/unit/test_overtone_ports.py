@@ -32,3 +32,10 @@ def test_more_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     assert free_ports(1) == [wish]
     with pytest.raises(EnvironmentProblemError, match="No free TCP port"):
         free_ports(2)
+
+
+def test_a_process_is_given_a_port_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overtone.ports._RANGE", range(20_000, 20_200))
+    monkeypatch.setattr("overtone.ports._given", set())
+    ports = [port for _ in range(40) for port in free_ports(2)]
+    assert len(set(ports)) == 80
