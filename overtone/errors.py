@@ -145,6 +145,11 @@ class OverloadedError(OvertoneError):
         """Seconds after which room is likely."""
         return float(self.details.get("retry_after_s", 1.0))
 
+    @property
+    def is_for_all(self) -> bool:
+        """Whether any request of its kind would be refused now, whoever sent it and however long it could wait."""
+        return bool(self.details.get("is_for_all", False))
+
 
 class QuotaExceededError(OverloadedError):
     """A limit of the API key is used up."""

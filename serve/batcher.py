@@ -420,14 +420,15 @@ class TokenBatcher(Generic[Row]):
         bound = limits.max_bulk_texts if is_bulk else limits.max_interactive_texts
         if waiting + texts > bound:
             excess = min((waiting + texts - bound) / waiting, 1.0) * self._backlog.waiting_tokens_of(priority)
-            raise self._overloaded(f"{waiting} texts wait already and at most {bound} may", excess, limit=bound)
-        wait_s = limits.max_bulk_s if is_bulk else limits.max_interactive_s
-        if deadline_s is not None:
-            wait_s = min(wait_s, deadline_s)
+            why = f"{waiting} texts wait already and at most {bound} may"
+            raise self._overloaded(why, excess, limit=bound, is_for_all=True)
+        most_s = limits.max_bulk_s if is_bulk else limits.max_interactive_s
+        wait_s = most_s if deadline_s is None else min(most_s, deadline_s)
         ahead = self._backlog.waiting_tokens if is_bulk else self._backlog.waiting_tokens_of(priority)
         excess = ahead - wait_s * self._capacity
         if self._capacity and excess > 0:
-            raise self._overloaded(f"The texts that wait already need more than {wait_s:g} s", excess)
+            why = f"The texts that wait already need more than {wait_s:g} s"
+            raise self._overloaded(why, excess, is_for_all=wait_s == most_s)
 
     def _overloaded(self, why: str, excess_tokens: float, **details: int) -> OverloadedError:
         """What is raised when there is room only after `excess_tokens` were classified."""

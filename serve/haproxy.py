@@ -21,6 +21,8 @@ when the Ray process that started it ends. It also has every request answered wh
 - While none does, HAProxy itself stands in for Ray's Python proxy and answers 503: the proxy keeps requests
   waiting, maybe for a replica that is dead.
 - What is neither ours nor JSON (HAProxy's own errors) becomes a problem.
+- When a replica refuses a single text because its queue is full (`QUEUE_HEADER`), HAProxy refuses those that come in
+  the next moments: a refusal takes Python a fifth of the time that a text takes the engine, and HAProxy next to none.
 
 Knows nothing of running Ray or HAProxy.
 """
@@ -35,6 +37,11 @@ _WHOLE_BODY_BYTES = 48 * 1024
 # Seconds for a request's headers and as much of its body as fits the buffer; for the rest of an answer that has begun.
 _REQUEST_TIMEOUT_S = 30
 _ANSWER_TIMEOUT_S = 30
+
+QUEUE_HEADER = "overtone-queue"
+"""By which a replica says `full` to HAProxy, which does not pass it on."""
+_FULL_MS = 50
+"""How long HAProxy then refuses; far less than what waits in that queue takes, so that no engine runs out of texts."""
 
 _SCRIPT = """\
 #!/bin/sh
@@ -103,6 +110,11 @@ _DEFAULTS = f"""\
 
 _FRONTEND = """\
     bind unix@{folder}/again.sock mode 600 name again
+    http-request set-var(txn.is_lone) bool(true) if {{ path /predict }}
+    http-request set-var(txn.full_ms) date(0,ms),sub(proc.full_at) if {{ var(txn.is_lone) -m bool }}
+    http-request return {full} if {{ var(txn.full_ms) -m int 0:{full_ms} }}
+    http-response set-var(proc.full_at) date(0,ms) if {{ var(txn.is_lone) -m bool }} {{ res.hdr({header}) full }}
+    http-response del-header {header}
     http-response wait-for-body time {answer_timeout_s}s if {{ res.hdr(content-length) -m found }}
     http-response set-var(txn.body_bytes) res.body_len
     acl is_short res.hdr_val(content-length) 1:{whole_bytes}
@@ -136,6 +148,7 @@ _PROBLEMS: dict[int, tuple[str, str, str]] = {
     400: ("malformed", "The request body cannot be parsed", "The request is not valid HTTP."),
     408: ("too_slow", "The request body did not arrive in time", "The request did not arrive in time."),
     413: ("too_large", "The request is over a size limit", "The request is over a size limit."),
+    429: ("overloaded", "The queue is full", "More texts wait already than may; try again later or with fewer texts."),
     500: ("internal", "Something in Overtone failed", "The server failed."),
     503: ("unavailable", "A part of the system is not reachable now", _LOST),
 }
@@ -148,13 +161,15 @@ def write_start_script(folder: Path, binary: Path, *, setpriv: str | None, shows
     With `setpriv`, the path of that program, HAProxy ends when the process that started it ends. With `shows_metrics`
     its page for Prometheus stays on the network, for where a policy of the network decides who may read it.
     """
-    unavailable = (
-        f"status 503 content-type application/problem+json hdr Retry-After 1 hdr Cache-Control no-store"
-        f" file {folder}/503.json"
+    full, unavailable = (
+        f"status {status} content-type application/problem+json hdr Retry-After 1 hdr Cache-Control no-store"
+        f" file {folder}/{status}.json"
+        for status in (429, 503)
     )
     for status in _PROBLEMS:
         _write(folder / f"{status}.http", _raw_answer(status))
-    _write(folder / "503.json", _problem(503))
+    for status in (429, 503):
+        _write(folder / f"{status}.json", _problem(status))
     errorfiles = [f"    errorfile {status} {folder}/{shown}.http\n" for status, shown in sorted(_ERRORFILES.items())]
     _write(folder / "defaults.cfg", _DEFAULTS + "".join(errorfiles))
     _write(
@@ -162,6 +177,9 @@ def write_start_script(folder: Path, binary: Path, *, setpriv: str | None, shows
         _FRONTEND.format(
             folder=folder,
             unavailable=unavailable,
+            full=full,
+            full_ms=_FULL_MS,
+            header=QUEUE_HEADER,
             answer_timeout_s=_ANSWER_TIMEOUT_S,
             whole_bytes=_WHOLE_BODY_BYTES,
         ),
@@ -200,7 +218,7 @@ def _problem(status: int) -> str:
 
 def _raw_answer(status: int) -> str:
     body = _problem(status)
-    retry = "Retry-After: 1\r\n" if status == 503 else ""
+    retry = "Retry-After: 1\r\n" if status in {429, 503} else ""
     return (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/problem+json\r\n"
         f"Cache-Control: no-store\r\n{retry}Content-Length: {len(body)}\r\n\r\n{body}"

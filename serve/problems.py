@@ -14,6 +14,7 @@ from starlette.responses import Response
 from overtone import errors, metrics
 from overtone.logging import get_logger
 from serve.bodies import FieldError
+from serve.haproxy import QUEUE_HEADER
 
 STATUS: Mapping[type[errors.OvertoneError], int] = {
     errors.OvertoneError: 500,
@@ -77,6 +78,8 @@ def problem_response(request: Request, error: Exception) -> Response:
         retry_after_s = error.retry_after_s if isinstance(error, errors.OverloadedError) else 1.0
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
         metrics.REFUSED.labels(body["code"]).inc()
+        if isinstance(error, errors.OverloadedError) and error.is_for_all:
+            headers[QUEUE_HEADER] = "full"
     return Response(orjson.dumps(body), status, headers, _PROBLEM_JSON)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -237,6 +238,49 @@ async def test_errors_that_are_not_ours_become_problems(folder: Path) -> None:
         httpx.AsyncClient(base_url=url) as client,
     ):
         assert_is_unavailable(await client.post("/predict", content=b"x"))
+
+
+@dataclass
+class Full:
+    """A replica that refuses, by a header if its queue is full, and counts what it was asked."""
+
+    header: bytes
+    asked: int = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            if b"/-/healthz" in await read_request(reader):
+                writer.write(HEALTHY)
+                continue
+            self.asked += 1
+            head = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/problem+json\r\ncontent-length: 2\r\n"
+            writer.write(head + self.header + b"\r\n{}")
+
+
+async def test_single_texts_are_refused_before_replicas_whose_queue_is_full(folder: Path) -> None:
+    replica = Full(b"overtone-queue: full\r\n")
+    async with proxy(folder, replica) as url, httpx.AsyncClient(base_url=url) as client:
+        answers = [await client.post("/predict?top_k=1", content=b"x") for _ in range(60)]
+        asked = replica.asked
+        assert 1 <= asked < 60
+        others = [await client.post("/predict/batch", content=b"x") for _ in range(20)]
+        assert replica.asked == asked + 20
+        async with asyncio.timeout(10):
+            while replica.asked == asked + 20:  # not for long
+                answers.append(await client.post("/predict", content=b"x"))
+
+    assert {answer.status_code for answer in (*answers, *others)} == {429}
+    assert not any("overtone-queue" in answer.headers for answer in (*answers, *others))
+    refused = [answer for answer in answers if answer.content != b"{}"]
+    assert all(answer.json()["code"] == "overloaded" and answer.headers["retry-after"] == "1" for answer in refused)
+
+
+async def test_single_texts_that_are_refused_for_another_reason_are_passed_on(folder: Path) -> None:
+    replica = Full(b"")
+    async with proxy(folder, replica) as url, httpx.AsyncClient(base_url=url) as client:
+        for _ in range(20):
+            await client.post("/predict", content=b"x")
+    assert replica.asked == 20
 
 
 async def test_errors_that_are_ours_stay(folder: Path) -> None:

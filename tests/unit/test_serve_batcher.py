@@ -372,6 +372,7 @@ async def test_a_full_queue_refuses_and_says_for_how_long() -> None:
 
     with pytest.raises(OverloadedError) as caught:
         await batcher.submit([[1]] * 6)
+    assert caught.value.is_for_all
     assert caught.value.retry_after_s == pytest.approx(4 / 2.0)  # 4 texts too many, 2 texts a second
     engine.gate.set()
     await asyncio.gather(*tasks)
@@ -430,6 +431,8 @@ async def test_work_that_cannot_be_done_in_time_is_refused_at_once(
         with pytest.raises(OverloadedError) as caught:
             await batcher.submit([[1]], priority=priority, deadline_s=deadline_s)
         assert caught.value.retry_after_s == pytest.approx(retry_after_s)
+        # A request that could wait longer may still be taken.
+        assert caught.value.is_for_all == (deadline_s is None)
     assert len(engine.batches) == 2
     engine.gate.set()
     await asyncio.gather(*tasks)

@@ -22,6 +22,7 @@ from serve import problems
 from serve.auth import Gate, Identity, KeyRing
 from serve.batcher import Limits
 from serve.classifier import Classifier
+from serve.haproxy import QUEUE_HEADER
 from serve.http import create_app
 from serve.problems import status_of
 from serve.service import Service
@@ -476,6 +477,7 @@ async def test_a_full_queue_is_429_with_retry_after(tiny_bundle: Bundle) -> None
     for answer in refused:
         assert_problem(answer, 429, "overloaded")
         assert int(answer.headers["retry-after"]) >= 1
+        assert answer.headers[QUEUE_HEADER] == "full"
 
 
 class HeldEngine:
