@@ -78,6 +78,7 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
             read_labelled(gate, chosen.data.labels)
         name = run_name or f"{chosen.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
         where = storage or str(settings.home / "runs")
+        where = where if "://" in where else str(Path(where).expanduser().absolute())
         job = _Job(chosen, settings, console, (train, validation, output), with_feedback=from_feedback)
         job.run(name, where, address, registers=register or gate is not None)
         if gate:

@@ -34,7 +34,6 @@ class ModelConfig(Section):
     """Longest text, in tokens, special tokens included; the bundle keeps it."""
     dropout: float = Field(0.1, ge=0, lt=1)
     attention_dropout: float = Field(0.0, ge=0, lt=1)
-    """0 keeps the fused attention kernel on CPU, which knows no dropout."""
     classifier_dropout: float = Field(0.1, ge=0, lt=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     """Number format of the matrix products; the weights themselves stay fp32. Processors without instructions for bf16

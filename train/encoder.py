@@ -59,8 +59,10 @@ def encoder_of(tokenizer: Any, max_length: int) -> Encode:
     return encode
 
 
-def open_classifier(config: ModelConfig, labels: Sequence[str]) -> Any:
+def open_classifier(config: ModelConfig, labels: Sequence[str], *, attention: str | None = None) -> Any:
     """The encoder with a fresh classification head for `labels`, as a torch module in fp32.
+
+    `attention` names the kernel, as Transformers does; unset, the one it takes for the fastest.
 
     Raises:
         ConfigurationError: the encoder cannot be read.
@@ -84,12 +86,15 @@ def open_classifier(config: ModelConfig, labels: Sequence[str]) -> Any:
         return classifier_class(shape).from_pretrained(
             folder,
             config=shape,
+            attn_implementation=attention,
             ignore_mismatched_sizes=True,  # an encoder with a head for other labels gets a fresh one
         )
 
 
-def open_guesser(config: ModelConfig) -> Any:
+def open_guesser(config: ModelConfig, *, attention: str | None = None) -> Any:
     """The encoder with a head that guesses masked tokens, fresh where it has none, as a torch module in fp32.
+
+    `attention`: see `open_classifier`.
 
     Raises:
         ConfigurationError: the encoder cannot be read.
@@ -97,7 +102,7 @@ def open_guesser(config: ModelConfig) -> Any:
     from transformers import AutoModelForMaskedLM
 
     with _reading(config):
-        return AutoModelForMaskedLM.from_pretrained(locate(config.name))
+        return AutoModelForMaskedLM.from_pretrained(locate(config.name), attn_implementation=attention)
 
 
 @contextmanager

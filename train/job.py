@@ -43,12 +43,16 @@ def run_training(config: TrainConfig, spec: RunSpec, follow: Follow, weights: Pa
     Raises:
         OvertoneError: a worker failed for good; the error a worker raised, where it is one of ours.
     """
+    values = config.model_dump(mode="json")
+    if Path(config.model.name).is_dir():
+        # Workers run in a folder of their own.
+        values["model"]["name"] = str(Path(config.model.name).absolute())
     reports = Queue(actor_options={"num_cpus": 0})
     callbacks: list[Any] = [Forward(reports)]
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            "config": values,
             # Workers learn no more of the rows than this: the places they came from stay here.
             "split": replace(spec.split, rows=((), ())),
             "soft_labels": spec.soft_labels,

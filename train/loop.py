@@ -19,7 +19,15 @@ from overtone.errors import ConfigurationError
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, share_of
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
-from train.optimiser import learning_rate_factor, make_average, make_loss, make_mixout, parameter_groups, products_in
+from train.optimiser import (
+    learning_rate_factor,
+    make_average,
+    make_loss,
+    make_mixout,
+    parameter_groups,
+    products_in,
+    trained_attention,
+)
 from train.scores import score, softmax
 
 # `train.sharding` is imported where it is used: that takes a second and a half, which other runs need not wait.
@@ -92,7 +100,8 @@ class Run:
         torch.manual_seed(_HEAD_SEED)
         self.tokenizer = open_tokenizer(config.model)
         self.encode: Encode = encoder_of(self.tokenizer, config.model.max_length)
-        self.bare = open_classifier(config.model, config.data.labels).to(self.device)
+        attention = trained_attention(self.device)
+        self.bare = open_classifier(config.model, config.data.labels, attention=attention).to(self.device)
         # Evaluated and saved by the first worker in place of the divided model.
         self.twin = copy.deepcopy(self.bare) if self.sharded and self.rank == 0 else None
         self.average = make_average(self.bare, self.settings)

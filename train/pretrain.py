@@ -23,7 +23,7 @@ from train.config import TrainConfig, load_config
 from train.data import length_grouped, pad
 from train.encoder import encoder_of, open_guesser, open_tokenizer
 from train.exits import as_exit_code
-from train.optimiser import learning_rate_factor, parameter_groups, products_in, usable_device
+from train.optimiser import learning_rate_factor, parameter_groups, products_in, trained_attention, usable_device
 from train.progress import Counted, counted
 
 _IGNORED = -100
@@ -72,7 +72,7 @@ class Pretraining:
         self.tokenizer = open_tokenizer(config.model)
         if self.tokenizer.mask_token_id is None:
             raise ConfigurationError(f"model.name={config.model.name}: its tokenizer has no token for a mask")
-        self.model = open_guesser(config.model).to(self._device)
+        self.model = open_guesser(config.model, attention=trained_attention(self._device)).to(self._device)
         rows = encoder_of(self.tokenizer, config.model.max_length)(texts)
         self._rng.shuffle(rows)
         held_out = min(max(round(len(rows) * _HELD_OUT), 1), _MOST_HELD_OUT)

@@ -27,7 +27,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, make_moods: Callable[[Pat
     config = {
         "name": "moods",
         "model": {
-            "name": str(folder / "encoder"),
+            "name": "encoder",
             "max_length": 32,
             "dropout": 0.0,
             "precision": "fp32",
@@ -53,7 +53,7 @@ def run_train(workshop: Path, *extra: str) -> subprocess.CompletedProcess[str]:
         "--train": workshop / "train.tsv",
         "--validation": workshop / "validation.tsv",
         "--output": workshop / "bundle",
-        "--storage": workshop / "runs",
+        "--storage": "runs",
         "--run-name": "first",
     }
     command = [sys.executable, "-m", "train", *(str(part) for pair in arguments.items() for part in pair), *extra]
@@ -62,7 +62,10 @@ def run_train(workshop: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     environment[MARK] = mark_of(workshop / "home", "test", "train")
     # As on a cluster where replicas run too.
     environment["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    # Folders that are not absolute are those of whoever started the run, whatever folder its workers are in.
+    return subprocess.run(
+        command, cwd=workshop, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +183,7 @@ def test_data_that_cannot_be_used_stops_before_training_with_a_report(
         (["--set", "optimiser.epochs=0"], 2, "optimiser.epochs"),
         (["--set", "model.name=minilm", "--train", "nowhere.tsv"], 1, "nowhere.tsv: cannot be read"),
         (["--gate", "nowhere.tsv"], 1, "nowhere.tsv: cannot be read"),
-        (["--output", "docs"], 1, "holds something else than a bundle"),
+        (["--output", "encoder"], 1, "holds something else than a bundle"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(workshop: Path, extra: list[str], code: int, told: str) -> None:

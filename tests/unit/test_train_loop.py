@@ -13,6 +13,7 @@ from train.config import TrainConfig
 from train.data import LabelledTexts, Split
 from train.encoder import locate
 from train.loop import STATE, WEIGHTS, Run, alone
+from train.optimiser import trained_attention
 
 LABELS = ("negative", "neutral", "positive")
 STILL = {"dropout": 0.0, "classifier_dropout": 0.0}
@@ -82,6 +83,11 @@ def test_every_epoch_ends_with_an_evaluation_and_a_checkpoint(encoder: Path, tmp
     # Each text is longer than one token, and nothing is said of a GPU on a machine without one.
     assert all(one["tokens_per_s"] > one["texts_per_s"] > 0 for one in told.metrics)
     assert all("gpu_utilisation" not in one for one in told.metrics)
+
+
+def test_attention_is_written_out_on_a_processor(encoder: Path) -> None:
+    assert make_run(encoder, Told()).bare.config._attn_implementation == "eager"
+    assert trained_attention(torch.device("cuda")) is None
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(encoder: Path, tmp_path: Path) -> None:
