@@ -1,5 +1,6 @@
 """The scales by which an int8 model quantises its activations, measured on texts once and then kept."""
 
+import random
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -17,6 +18,11 @@ TEXTS = 200
 _STEPS = 255
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _VALUES = 500_000
+
+
+def sample_of(texts: Sequence[str]) -> list[str]:
+    """Texts to measure scales on, the same of the same training set."""
+    return random.Random(0).sample(list(texts), min(TEXTS, len(texts)))
 
 
 def measure_scales(model: Any, names: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[str, Scale]:

@@ -86,6 +86,9 @@ class OptimiserConfig(Section):
     """Chance, drawn anew for each pass, that a weight of the layers is what it was before training (Mixout)."""
     prior_tau: float = Field(0.0, ge=0)
     """Weight of the log class prior in the loss (logit adjustment); 1 trains for balanced accuracy, 0 is plain."""
+    quantisation_aware: bool = False
+    """Whether layers compute with weights and inputs rounded as the int8 export will round them. For a last epoch at a
+    low rate, by a run that starts from trained weights."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay, per update, of the running average of the weights that is evaluated and exported; 0 switches it off."""
     ema_every: int = Field(8, ge=1)
@@ -222,6 +225,12 @@ class TrainConfig(Section):
             raise ValueError("optimiser.batch_size must be at least the most workers x optimiser.accumulate")
         if cluster.sharding == "shard" and self.optimiser.ema_decay:
             raise ValueError("optimiser.ema_decay does not go with cluster.sharding=shard; set it to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_as_it_exports(self) -> "TrainConfig":
+        if self.optimiser.quantisation_aware and self.export.precision != "int8":
+            raise ValueError("optimiser.quantisation_aware goes with export.precision=int8 alone")
         return self
 
     @model_validator(mode="after")

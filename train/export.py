@@ -2,7 +2,6 @@
 
 import logging
 import os
-import random
 import shutil
 import tempfile
 import warnings
@@ -31,7 +30,7 @@ from overtone.errors import BundleError, OvertoneError
 from overtone.logging import get_logger
 from overtone.torch_engine import Target, TorchEngine
 from overtone.torch_form import TORCH_FOLDER
-from train.calibrate import TEXTS, measure_scales
+from train.calibrate import measure_scales, sample_of
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split, log_prior, pad
 from train.encoder import encoder_of, open_trained
@@ -86,7 +85,7 @@ def export_bundle(weights: Path, output: Path, config: TrainConfig, split: Split
         reference_logits = log_scores(reference, validation.texts)
         chosen, logits = reference, reference_logits
         if config.export.precision == "int8":
-            sample = TextEncoder(reference).encode(_sample(split.train.texts))
+            sample = TextEncoder(reference).encode(sample_of(split.train.texts))
             _quantise(full, small, sample)
             chosen = _candidate(Path(scratch) / "int8", small, tokenizer, config, precision="int8")
             logits = log_scores(chosen, validation.texts)
@@ -172,11 +171,6 @@ def _fuse(plain: Path, target: Path, shape: Any) -> None:
         raise OvertoneError(f"the attention of {fused} of {layers} layers was fused; the export would be slow")
     split_attention(optimised.model)
     optimised.save_model_to_file(str(target))
-
-
-def _sample(texts: Sequence[str]) -> list[str]:
-    """Texts to calibrate with, the same of the same training set."""
-    return random.Random(0).sample(list(texts), min(TEXTS, len(texts)))
 
 
 def _quantise(fused: Path, target: Path, sample: Sequence[Sequence[int]]) -> None:

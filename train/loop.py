@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +31,10 @@ from train.optimiser import (
 )
 from train.scores import score, softmax
 
-# `train.sharding` is imported where it is used: that takes a second and a half, which other runs need not wait.
+# `train.sharding` and `train.rounding` are imported where they are used: that takes a second or two, which other runs
+# need not wait.
+if TYPE_CHECKING:
+    from train.rounding import Rounding
 
 WEIGHTS = "weights"
 """Folder of a checkpoint with the weights to evaluate and export, in Hugging Face form, and the tokenizer."""
@@ -111,6 +115,7 @@ class Run:
         self.mixed = make_mixout(self.model, self.settings.mixout) if self.settings.mixout else None
         if config.model.compile:
             self.model.compile(dynamic=True)
+        self.rounding = self._make_rounding() if self.settings.quantisation_aware else None
 
         batches = -(-len(split.train) // self.settings.batch_size)
         self.steps = min(batches * self.settings.epochs, self.settings.max_steps or batches * self.settings.epochs)
@@ -121,6 +126,12 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
         prior = torch.from_numpy(log_prior(split.train.labels, len(config.data.labels))).to(self.device)
         self.loss = make_loss(self.settings, prior, config.distillation.weight)
+
+    def _make_rounding(self) -> "Rounding":
+        from train.rounding import Rounding
+
+        others = [self.twin, self.average.module if self.average is not None else None]
+        return Rounding(self.bare, *(one for one in others if one is not None))
 
     def train(self) -> None:
         """Every epoch that is not finished, or until the figures stop getting better."""
@@ -148,6 +159,7 @@ class Run:
         batches = batches[: self.steps - self.progress.step]
         watch = _Watch()
         self.model.train()
+        self._measure_rounding()
         for number, batch in enumerate(batches, start=1):
             mine = share_of(batch, self.rank, self.world)
             loss = self._step([rows[row] for row in mine], mine)
@@ -155,8 +167,22 @@ class Run:
             last = number == len(batches)
             if last or self._evaluation_is_due(number, len(batches)):
                 self._evaluate_and_report(epoch, watch, checkpoint=last)
+                if not last:
+                    self._measure_rounding()
             elif number % _REPORT_EVERY_STEPS == 0:
                 self.report(self._metrics(watch), None)
+
+    def _measure_rounding(self) -> None:
+        """Fit the scales to the weights as they are: a resumed run begins an epoch with those of the unbroken one."""
+        if self.rounding is None:
+            return
+        from train.calibrate import sample_of
+
+        def read(row: list[int]) -> None:
+            with self.products:
+                self.bare(**self._inputs([row]))
+
+        self.rounding.measure(self.bare, [partial(read, row) for row in self.encode(sample_of(self.split.train.texts))])
 
     def _evaluation_is_due(self, number: int, batches: int) -> bool:
         # Not right before the one that ends the epoch.

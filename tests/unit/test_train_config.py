@@ -78,6 +78,7 @@ def test_set_reads_numbers(tmp_path: Path, settings: Settings, assignment: str, 
         ("name: x\ncluster: {sharding: shard}", ["optimiser.ema_decay=0.9"], "ema_decay does not go with"),
         ("name: x\ncluster: {sharding: shard}", ["optimiser.mixout=0.5"], "mixout does not go with"),
         ("name: x\nmodel: {gradient_checkpointing: true}", ["optimiser.mixout=0.5"], "mixout does not go with"),
+        ("name: x\nexport: {precision: fp32}", ["optimiser.quantisation_aware=true"], "precision=int8 alone"),
         ("name: x\nexport: {golden: []}", [], "export.golden"),
     ],
 )

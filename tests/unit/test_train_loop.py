@@ -147,6 +147,25 @@ def test_mixout_trains_towards_the_start_and_resumes(encoder: Path, tmp_path: Pa
     assert same(weights(resumed), weights(mixed))
 
 
+def test_a_quantisation_aware_run_rounds_and_resumes(encoder: Path, tmp_path: Path) -> None:
+    plain = make_run(encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1)
+    unbroken = make_run(encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True)
+    broken = make_run(
+        encoder, Told(kept=tmp_path), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True, evaluations=2
+    )
+    plain.train()
+    unbroken.train()
+    broken.train_epoch(0)
+    resumed = make_run(encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True, evaluations=2)
+    resumed.resume(tmp_path)
+    broken.train_epoch(1)
+    resumed.train()
+
+    assert not same(weights(plain), weights(unbroken))
+    assert same(weights(plain), weights(unbroken), tolerance=0.2)
+    assert same(weights(resumed), weights(broken))
+
+
 def test_gradient_checkpointing_changes_no_figure(encoder: Path) -> None:
     kept = make_run(encoder, Told(), epochs=1)
     again = make_run(encoder, Told(), epochs=1, model={"gradient_checkpointing": True})
