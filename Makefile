@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 # In this order: what is quick and needs nothing comes first.
 SUITES ?= unit integration cluster model e2e
-# Files of unit and integration tests; the other suites have the machine to themselves.
+# Files of unit and integration tests; the other suites have the machine to themselves. Those of unit tests compute on one
+# thread each: two that share two cores would wait for each other's threads.
 TESTS_AT_ONCE ?= 2
 CONSTRAINTS := $(wildcard constraints.txt)
 # The interpreter for .venv; the newest that is known to work, unless you choose one.
@@ -34,9 +35,10 @@ status: $(VENV)/.installed ## Show what runs
 test: $(VENV)/.installed-dev ## Run every test, the quick ones first. ARGS="-k batcher"
 	@failed=""; report=""; \
 	for suite in $(SUITES); do \
-		echo "== tests/$$suite"; status=0; \
+		echo "== tests/$$suite"; status=0; threads=""; \
+		[ $$suite != unit ] || threads="OMP_NUM_THREADS=1"; \
 		case $$suite in unit | integration) beside="-n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder";; *) beside="";; esac; \
-		$(BIN)/python -m pytest tests/$$suite $$beside $(ARGS) 2>&1 | tee $(VENV)/test-$$suite.log || status=$$?; \
+		env $$threads $(BIN)/python -m pytest tests/$$suite $$beside $(ARGS) 2>&1 | tee $(VENV)/test-$$suite.log || status=$$?; \
 		[ $$status -eq 0 ] || [ $$status -eq 5 ] || failed="$$failed $$suite"; \
 		said=$$(grep -E '^=+ .* in [0-9.]+s' $(VENV)/test-$$suite.log | tail -n 1 | sed -E 's/^=+ | =+$$//g' || true); \
 		report="$$report$$(printf '%-12s %s' "$$suite" "$${said:-ended with status $$status}")\n"; \
