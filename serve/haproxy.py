@@ -81,7 +81,7 @@ if [ -n "$config" ]; then
         -e '/^ *log [^ ]* local0 info$/d' \\
         -e '/^ *errorfile /d' \\
         -e 's#^\\( *server [^ ]*\\) [^ ]* check backup$#\\1 unix@{folder}/last.sock check backup#' \\
-        -e 's#^\\( *http-request return\\) status 404 .*#\\1 {unavailable}#' \\
+        -e 's#^\\( *http-request return\\) status 404 .*#\\1 status 503 default-errorfiles#' \\
         -e '/^defaults$/r {folder}/defaults.cfg' \\
         -e '/^ *# Static routing based on path prefixes/r {folder}/frontend.cfg' \\
         -e '$r {folder}/ends.cfg' \\
@@ -112,15 +112,16 @@ _FRONTEND = """\
     bind unix@{folder}/again.sock mode 600 name again
     http-request set-var(txn.is_lone) bool(true) if {{ path /predict }}
     http-request set-var(txn.full_ms) date(0,ms),sub(proc.full_at) if {{ var(txn.is_lone) -m bool }}
-    http-request return {full} if {{ var(txn.full_ms) -m int 0:{full_ms} }}
+    http-request return status 429 default-errorfiles if {{ var(txn.full_ms) -m int 0:{full_ms} }}
     http-response set-var(proc.full_at) date(0,ms) if {{ var(txn.is_lone) -m bool }} {{ res.hdr({header}) full }}
     http-response del-header {header}
     http-response wait-for-body time {answer_timeout_s}s if {{ res.hdr(content-length) -m found }}
     http-response set-var(txn.body_bytes) res.body_len
     acl is_short res.hdr_val(content-length) 1:{whole_bytes}
     acl is_cut res.hdr_val(content-length),sub(txn.body_bytes) gt 0
-    http-response return {unavailable} if is_short is_cut !{{ method HEAD }}
-    http-response return {unavailable} if {{ status 500:599 }} !{{ res.hdr(content-type) -m beg application/ }}
+    http-response return status 503 default-errorfiles if is_short is_cut !{{ method HEAD }}
+    acl is_ours res.hdr(content-type) -m beg application/
+    http-response return status 503 default-errorfiles if {{ status 500:599 }} !is_ours
     use_backend again if !{{ so_name again }} {{ req.hdr_val(content-length) gt {whole_bytes} }}
     use_backend again if !{{ so_name again }} {{ req.hdr(transfer-encoding) -m found }}
 """
@@ -161,23 +162,14 @@ def write_start_script(folder: Path, binary: Path, *, setpriv: str | None, shows
     With `setpriv`, the path of that program, HAProxy ends when the process that started it ends. With `shows_metrics`
     its page for Prometheus stays on the network, for where a policy of the network decides who may read it.
     """
-    full, unavailable = (
-        f"status {status} content-type application/problem+json hdr Retry-After 1 hdr Cache-Control no-store"
-        f" file {folder}/{status}.json"
-        for status in (429, 503)
-    )
     for status in _PROBLEMS:
         _write(folder / f"{status}.http", _raw_answer(status))
-    for status in (429, 503):
-        _write(folder / f"{status}.json", _problem(status))
     errorfiles = [f"    errorfile {status} {folder}/{shown}.http\n" for status, shown in sorted(_ERRORFILES.items())]
     _write(folder / "defaults.cfg", _DEFAULTS + "".join(errorfiles))
     _write(
         folder / "frontend.cfg",
         _FRONTEND.format(
             folder=folder,
-            unavailable=unavailable,
-            full=full,
             full_ms=_FULL_MS,
             header=QUEUE_HEADER,
             answer_timeout_s=_ANSWER_TIMEOUT_S,
@@ -189,7 +181,7 @@ def write_start_script(folder: Path, binary: Path, *, setpriv: str | None, shows
     script = folder / "haproxy.sh"
     prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
     edit = "" if shows_metrics else _CLOSE_METRICS.format(folder=folder)
-    parts = {"folder": folder, "prefix": prefix, "binary": binary, "unavailable": unavailable, "metrics_edit": edit}
+    parts = {"folder": folder, "prefix": prefix, "binary": binary, "metrics_edit": edit}
     _write(script, _SCRIPT.format(**parts))
     script.chmod(0o700)
     return script
