@@ -333,9 +333,9 @@ class TokenBatcher(Generic[Row]):
     ) -> None:
         """`classify` begins a batch and gives a result for each row, in order, or raises if one cannot have any."""
         self._classify = classify
-        self._limits = limits or Limits()
-        self._budget_tokens = 256 if self._limits.budget_tokens is None else self._limits.budget_tokens
-        self._waste_tokens = 8 if self._limits.waste_tokens is None else self._limits.waste_tokens
+        self.limits = limits or Limits()
+        self._budget_tokens = 256 if self.limits.budget_tokens is None else self.limits.budget_tokens
+        self._waste_tokens = 8 if self.limits.waste_tokens is None else self.limits.waste_tokens
         self._clock = clock
         self._observe = observe
         self._backlog = Backlog[Row]()
@@ -345,7 +345,7 @@ class TokenBatcher(Generic[Row]):
         self._idle = asyncio.Event()
         self._idle.set()
         self._tokens_per_s = 0.0
-        self._full_tokens_per_s = self._limits.tokens_per_s or 0.0
+        self._full_tokens_per_s = self.limits.tokens_per_s or 0.0
         self._last_done_at = 0.0
         self.failures_in_a_row = 0
         """Rows that failed alone since a batch succeeded."""
@@ -415,7 +415,7 @@ class TokenBatcher(Generic[Row]):
         waiting = self._backlog.waiting_of(priority)
         if not waiting:
             return
-        limits = self._limits
+        limits = self.limits
         is_bulk = priority == "bulk"
         bound = limits.max_bulk_texts if is_bulk else limits.max_interactive_texts
         if waiting + texts > bound:
@@ -459,10 +459,10 @@ class TokenBatcher(Generic[Row]):
     def _may_order(self) -> bool:
         if not self._orders:
             return self._backlog.waiting > 0
-        if len(self._orders) > self._limits.ahead:
+        if len(self._orders) > self.limits.ahead:
             return False
         ordered = self._budget_tokens * sum(not order.begun_at for order in self._orders)
-        return self._backlog.waiting_tokens - ordered >= self._limits.ahead_tokens
+        return self._backlog.waiting_tokens - ordered >= self.limits.ahead_tokens
 
     def _begin(self, order: _Order[Row], loop: asyncio.AbstractEventLoop) -> list[TokenIds]:
         """Choose what is in `order`. In the engine's thread."""

@@ -88,6 +88,8 @@ class Classifier:
     ) -> None:
         """Nothing is loaded yet: `load` does."""
         self._limits = limits or Limits()
+        self._fitted: dict[str, Limits] = {}
+        """By version: who returns to a bundle, as in a rollback, does not wait for its batches to be measured again."""
         self._threads = threads
         self._engine_for = engine_for
         self._cache = cache
@@ -384,13 +386,16 @@ class Classifier:
     async def _model_of(self, bundle: Bundle) -> Model:
         def open_() -> Model:
             engine = self._engine_for(bundle, self._threads)
+            limits = self._fitted.get(bundle.version, self._limits)
             try:
-                return open_model(bundle, engine, limits=self._limits, turns=self._turns)
+                return open_model(bundle, engine, limits=limits, turns=self._turns)
             except BundleError:
                 engine.close()
                 raise
 
-        return await asyncio.get_running_loop().run_in_executor(self._other_thread, open_)
+        model = await asyncio.get_running_loop().run_in_executor(self._other_thread, open_)
+        self._fitted[bundle.version] = model.batcher.limits
+        return model
 
     def _weigh(self) -> None:
         """Share the engine thread by the share of requests each bundle gets."""

@@ -20,7 +20,7 @@ _ROW_TOKENS = 16
 _ROWS = (1, 2, 4, 8, 16, 32)
 _FEWEST_RUNS, _MOST_RUNS = 5, 15
 _SIZE_S = 0.1
-"""Time for one size of batch: a rollback waits for all of this, on every replica in turn."""
+"""Time for one size of batch: a promotion waits for all of this, on every replica in turn."""
 _FIXED_SHARE = 0.04
 # The least is what suits a quiet processor: a start beside other work measures badly, and too little costs more than
 # too much.

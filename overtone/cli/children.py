@@ -1,11 +1,11 @@
-"""The child processes of the supervisor, each with its log file."""
+"""Processes of the stack that a command starts, each with its log file."""
 
 import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
@@ -30,9 +30,11 @@ Tick = Callable[[], None]
 class Child:
     """A process in a session of its own, so that Ctrl-C in the terminal reaches the supervisor alone."""
 
-    def __init__(self, name: str, command: list[str], plan: Plan, *, pipes: bool = False) -> None:
+    def __init__(
+        self, name: str, command: list[str], *, logs: Path, environment: Mapping[str, str], pipes: bool = False
+    ) -> None:
         self.name = name
-        self.log_file = plan.logs / f"{name}.log"
+        self.log_file = logs / f"{name}.log"
         _rotate(self.log_file)
         with self.log_file.open("ab") as log:
             self._popen = subprocess.Popen(
@@ -40,7 +42,7 @@ class Child:
                 stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipes else log,
                 stderr=log,
-                env=plan.environment_of(name),
+                env=environment,
                 start_new_session=True,
             )
         self.record = ProcessRecord.of(self._popen.pid)
@@ -75,11 +77,11 @@ class Child:
 class Driver(Child):
     """The process that talks to Ray; see `overtone.cli.driver`."""
 
-    def __init__(self, plan: Plan) -> None:
-        address = f"{LOOPBACK}:{plan.ports.gcs}"
-        command = [sys.executable, "-m", "overtone.cli.driver", address, str(plan.metrics)]
-        command += [str(path) for path in plan.ingest_files]
-        super().__init__("driver", command, plan, pipes=True)
+    def __init__(
+        self, address: str, metrics: Path, *ingest_files: Path, logs: Path, environment: Mapping[str, str]
+    ) -> None:
+        command = [sys.executable, "-m", "overtone.cli.driver", address, *map(str, (metrics, *ingest_files))]
+        super().__init__("driver", command, logs=logs, environment=environment, pipes=True)
         self._answers: Queue[dict[str, Any]] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -90,8 +92,8 @@ class Driver(Child):
             self._popen.stdin.write(f"{word}\n".encode())
             self._popen.stdin.flush()
 
-    def await_answer(self, word: str, timeout_s: float, tick: Tick) -> float:
-        """Wait until `word` is done; return the seconds it took.
+    def await_answer(self, word: str, timeout_s: float, tick: Tick = lambda: None) -> dict[str, Any]:
+        """Wait until `word` is done; return the whole answer.
 
         Raises:
             OvertoneError: it failed, for the reason the class says.
@@ -106,7 +108,7 @@ class Driver(Child):
                 self.require_alive()
                 continue
             if answer.get("done") == word:
-                return float(answer["seconds"])
+                return answer
             raise error_of(str(answer.get("code")))(f"{answer.get('message')}{self._see_log()}")
         raise UnavailableError(f"{word}: not done after {timeout_s:.0f} s.{self._see_log()}")
 
@@ -127,6 +129,13 @@ class Driver(Child):
                 self._answers.put(json.loads(line))
 
 
+def ray_driver(plan: Plan) -> Driver:
+    """Start the process that talks to Ray."""
+    address = f"{LOOPBACK}:{plan.ports.gcs}"
+    environment = plan.environment_of("driver")
+    return Driver(address, plan.metrics, *plan.ingest_files, logs=plan.logs, environment=environment)
+
+
 def ray_head(plan: Plan, cpus: int) -> Child:
     """Start Ray's head node on loopback; the process lives as long as all of Ray's own processes do."""
     options = {
@@ -144,14 +153,15 @@ def ray_head(plan: Plan, cpus: int) -> Child:
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--disable-usage-stats", "--no-monitor", *(f"--{name}={value}" for name, value in options.items())]
-    return Child("ray", command, plan)
+    return Child("ray", command, logs=plan.logs, environment=plan.environment_of("ray"))
 
 
 def simulator(plan: Plan) -> Child:
     """Start the simulator of the X API."""
     rate = plan.environment["SIMULATOR_RATE"]
     command = [sys.executable, "-m", "ingest.simulator", "--port", str(plan.ports.simulator), "--rate", rate]
-    return Child("simulator", [*command, "--log-format", "json"], plan)
+    command += ["--log-format", "json"]
+    return Child("simulator", command, logs=plan.logs, environment=plan.environment_of("simulator"))
 
 
 def _rotate(path: Path) -> None:

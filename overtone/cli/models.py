@@ -6,10 +6,9 @@ given again. Then the aliases of the registry follow, where there is one.
 """
 
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from overtone.bundle import Bundle, load_bundle
+from overtone.cli.children import Driver
 from overtone.cli.exits import error_of
 from overtone.cli.plan import ray_variables
 from overtone.cli.rollout import Rollout, load_rollout, load_running, save_rollout
@@ -75,14 +75,18 @@ def order(settings: Settings, change: Change, console: Console, *, is_dry_run: b
     """
     old = load_rollout(settings.home)
     new = change(old)
-    for folder in {new.champion, new.challenger} - {old.champion, old.challenger}:
-        _require_fit(settings, folder, old.champion)
     is_up = _is_up(settings)
-    if not is_dry_run:
-        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        save_rollout(settings.home, new)
-        if is_up:
-            _carry_out(settings, old, new)
+    with ExitStack() as stack:
+        driver = stack.enter_context(_driver(settings)) if is_up and not is_dry_run else None
+        for folder in {new.champion, new.challenger} - {old.champion, old.challenger}:
+            _require_fit(settings, folder, old.champion)
+        if driver:
+            driver.await_answer("connect", _ORDER_TIMEOUT_S)
+        if not is_dry_run:
+            settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            save_rollout(settings.home, new)
+        if driver:
+            _carry_out(settings, driver, old, new)
     state = "checked, nothing changed" if is_dry_run else "done" if is_up else "takes effect at the next start"
     registered = None if is_dry_run or new.champion == old.champion else _follow(settings, new, is_up=is_up)
     if as_json:
@@ -164,37 +168,37 @@ def _is_up(settings: Settings) -> bool:
     return state is not None and state.supervisor.alive() is not None
 
 
-def _carry_out(settings: Settings, old: Rollout, new: Rollout) -> None:
+def _carry_out(settings: Settings, driver: Driver, old: Rollout, new: Rollout) -> None:
     try:
-        _await_replicas(settings, _deploy(settings), new)
+        _await_replicas(settings, _deploy(driver), new)
     except OvertoneError:
         # A later revision, or the replicas would take it for an order they have carried out.
         save_rollout(settings.home, replace(old, revision=new.revision + 1))
-        _deploy(settings)
+        _deploy(driver)
         raise
 
 
-def _deploy(settings: Settings) -> int:
-    """Have the driver give the replicas the order in the file; how many there are."""
+@contextmanager
+def _driver(settings: Settings) -> Iterator[Driver]:
+    """The process that talks to Ray. It takes seconds to start, in which bundles can be looked at."""
     address, args = load_running(settings.home)
     variables = ray_variables(settings, settings.home, runtime_folder(settings.home))
+    driver = Driver(
+        address,
+        Path(args["metrics_folder"]),
+        logs=settings.home / "logs",
+        environment=environment_for(settings, **variables),
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "overtone.cli.driver", address, args["metrics_folder"]],
-            input="models\n",
-            env=environment_for(settings, **variables),
-            capture_output=True,
-            text=True,
-            timeout=_ORDER_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UnavailableError(f"Ray Serve did not take the order within {_ORDER_TIMEOUT_S:.0f} s.") from error
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    if not answers or answers[-1].get("done") != "models":
-        last = answers[-1] if answers else {"message": "The process that talks to Ray ended."}
-        raise error_of(str(last.get("code")))(str(last.get("message")))
-    return int(answers[-1]["replicas"])
+        yield driver
+    finally:
+        driver.close()
+
+
+def _deploy(driver: Driver) -> int:
+    """Have the replicas given the order in the file; how many there are."""
+    driver.order("models")
+    return int(driver.await_answer("models", _ORDER_TIMEOUT_S)["replicas"])
 
 
 def _await_replicas(settings: Settings, replicas: int, rollout: Rollout) -> None:

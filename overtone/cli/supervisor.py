@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from overtone.cli.children import Child, Driver, ray_head, simulator
+from overtone.cli.children import Child, Driver, ray_driver, ray_head, simulator
 from overtone.cli.cleanup import stop_home, stop_ray
 from overtone.cli.draining import drain_api
 from overtone.cli.figures import Totals, await_drained
@@ -214,7 +214,7 @@ class Supervisor:
         plan, began = self._plan, time.monotonic()
         cpus = max(os.cpu_count() or 1, plan.settings.serve_replicas or 0)
         self._ray = ray_head(plan, cpus)
-        driver = Driver(plan)
+        driver = ray_driver(plan)
         try:
             self._await(database)
             self._await_driver(driver, "connect")
@@ -379,11 +379,11 @@ class Supervisor:
 
     def _drain_ingestion(self) -> None:
         self._is_ingesting = False
-        driver = Driver(self._plan)
+        driver = ray_driver(self._plan)
         try:
-            driver.await_answer("connect", 15.0, lambda: None)
+            driver.await_answer("connect", 15.0)
             driver.order("stop-ingest")
-            driver.await_answer("stop-ingest", 20.0, lambda: None)
+            driver.await_answer("stop-ingest", 20.0)
         except OvertoneError as error:
             _log.warning("ingest.not_drained", code=error.code)
         finally:

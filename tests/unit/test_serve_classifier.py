@@ -1,12 +1,13 @@
-"""The threads of a classifier."""
+"""The threads of a classifier, and what it does to load a bundle."""
 
 import os
 import sys
 import threading
+from shutil import copytree
 
 import pytest
 
-from overtone.bundle import Bundle
+from overtone.bundle import Bundle, BundleSpec, write_bundle
 from overtone.engine import OnnxEngine, Probabilities
 from serve.classifier import Classifier
 
@@ -19,6 +20,23 @@ class NotingEngine(OnnxEngine):
         return super().classify(token_ids)
 
 
+class CountingEngine(OnnxEngine):
+    """Counts the batches it runs."""
+
+    batches = 0
+
+    def classify(self, token_ids: list[list[int]]) -> Probabilities:
+        self.batches += 1
+        return super().classify(token_ids)
+
+
+def renamed(bundle: Bundle) -> Bundle:
+    """The same bundle under another name, so of another version."""
+    folder = copytree(bundle.path, bundle.path.with_name("renamed"))
+    spec = BundleSpec("renamed", bundle.labels, bundle.max_length, bundle.temperature, bundle.precision, bundle.golden)
+    return write_bundle(folder, spec=spec)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
 async def test_the_engine_lets_the_event_loop_go_first(tiny_bundle: Bundle) -> None:
     engine = NotingEngine(tiny_bundle)
@@ -28,3 +46,19 @@ async def test_the_engine_lets_the_event_loop_go_first(tiny_bundle: Bundle) -> N
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert engine.niceness == min(mine + 5, 19)
     await classifier.close()
+
+
+async def test_a_bundle_that_is_returned_to_is_checked_but_not_measured_again(tiny_bundle: Bundle) -> None:
+    engines: list[CountingEngine] = []
+
+    def engine_for(bundle: Bundle, _threads: int) -> CountingEngine:
+        engines.append(CountingEngine(bundle))
+        return engines[-1]
+
+    classifier = Classifier(engine_for=engine_for)
+    for bundle in (tiny_bundle, renamed(tiny_bundle), tiny_bundle):
+        await classifier.load(bundle.path)
+    await classifier.close()
+
+    first, other, again = (engine.batches for engine in engines)
+    assert min(first, other) > again >= 1
