@@ -21,6 +21,7 @@ from train.config import TrainConfig
 from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, share_of
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
 from train.optimiser import (
+    fill_gradients,
     learning_rate_factor,
     make_average,
     make_loss,
@@ -198,6 +199,7 @@ class Run:
                 loss = self._loss(rows[chosen], batch[chosen]) * (len(batch[chosen]) / len(batch))
                 loss.backward()
             total += loss.detach()
+        fill_gradients(self.bare)
         torch.nn.utils.clip_grad_norm_(self.bare.parameters(), self.settings.clip_norm)
         self.optimiser.step()
         self.schedule.step()
