@@ -45,11 +45,12 @@ def main(
     output: Annotated[Path, typer.Option(help="The file the results are written to.")] = OUTPUT,
 ) -> None:
     """Measure and write the results."""
+    names = _known(engine or ["onnx-cuda", "torch"])
     chosen = load_bundle(bundle)
     token_ids = TextEncoder(chosen).encode(synthetic_texts(_TEXTS))
     budgets = tokens or [512, 2048, 8192, 32_768, 131_072]
     planned = {budget: sorted_batches(token_ids, budget, random.Random(0)) for budget in budgets}
-    engines, unavailable = _open(chosen, _known(engine or ["onnx-cuda", "torch"]))
+    engines, unavailable = _open(chosen, names)
     classify: dict[str, Classify] = {name: one.classify for name, one in engines.items()}
     classify[_PLAIN] = PlainSession(chosen.model_path, providers=[provider]).classify
     rates: dict[tuple[str, int], list[float]] = {}

@@ -25,12 +25,19 @@ def test_windows_hold_every_token_once(encoder: TextEncoder) -> None:
     assert (encoder.count(SIX_WORDS), encoder.count(EIGHT_WORDS)) == (8, 10)
 
 
+@pytest.fixture(scope="module")
+def default_encoder() -> TextEncoder:
+    return TextEncoder(load_bundle())
+
+
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.sampled_from(["love", "#BadDay", "don't!!!", "\U0001f600", "@a", "https://a.b/c", "ü"]), max_size=300)
+    words=st.lists(
+        st.sampled_from(["love", "#BadDay", "don't!!!", "\U0001f600", "@a", "https://a.b/c", "ü"]), max_size=300
+    )
 )
-def test_windows_of_the_default_bundle_add_up(words: list[str]) -> None:
-    encoder = TextEncoder(load_bundle())
+def test_windows_of_the_default_bundle_add_up(default_encoder: TextEncoder, words: list[str]) -> None:
+    encoder = default_encoder
     (rows,) = encoder.windows([" ".join(words)])
 
     assert all(len(ids) == encoder.max_length for ids in rows[:-1])

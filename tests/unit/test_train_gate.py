@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from overtone.bundle import Bundle
+from overtone.bundle import Bundle, load_bundle
 from overtone.errors import ConfigurationError
 from train.data import LabelledTexts
 from train.gate import KEPT, Decision, Rules, app, decide, load_rules
@@ -80,19 +80,17 @@ def test_a_badly_calibrated_challenger_stays_outside(tiny_bundle: Bundle) -> Non
     assert "calibration error" in found.reasons[0]
 
 
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle()
+
+
 @settings(max_examples=30)
 @given(wrong=st.sets(st.integers(0, ROWS - 1), max_size=200))
-def test_no_bundle_beats_itself(wrong: set[int]) -> None:
+def test_no_bundle_beats_itself(bundle: Bundle, wrong: set[int]) -> None:
     data = make_data()
     probabilities = answer(data, np.array(sorted(wrong), dtype=int))
-    bundle = _bundle()
     assert not decide(RULES, data, (bundle, probabilities), (bundle, probabilities)).promotes
-
-
-def _bundle() -> Bundle:
-    from overtone.bundle import load_bundle
-
-    return load_bundle()
 
 
 def test_the_rules_in_the_repository_are_the_defaults() -> None:
