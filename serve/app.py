@@ -182,13 +182,15 @@ def _version(options: ReplicaOptions, variables: dict[str, str]) -> str:
     return sha256(fixed.encode()).hexdigest()[:16]
 
 
-def deploy(args: ServeArgs, *, host: str, port: int) -> None:
+def deploy(args: ServeArgs, *, host: str, port: int, wait: bool = True) -> None:
     """Start Serve on `host` and `port` in the Ray instance this process is connected to, and wait until it answers.
 
-    That instance must have been started with `serve.environment.serve_environment` in its environment.
+    Without `wait`, replicas that run may still have to take what is new in `args`. That instance must have been started
+    with `serve.environment.serve_environment` in its environment.
     """
     serve.start(http_options=HTTPOptions(host=host, port=port))
-    serve.run(build(args), name=APPLICATION, route_prefix=ROUTE_PREFIX)
+    target = serve.RunTarget(build(args), name=APPLICATION, route_prefix=ROUTE_PREFIX)
+    serve.run_many([target], wait_for_applications_running=wait)
 
 
 def deploy_jobs(args: JobsArgs) -> None:

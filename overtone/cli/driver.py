@@ -115,7 +115,8 @@ def _models(settings: Settings) -> dict[str, object]:
 
     _, args = load_running(settings.home)
     live = load_rollout(settings.home).live()
-    deploy(ServeArgs.model_validate(args | {"live": live}), host=settings.api_host, port=settings.api_port)
+    # Serve looks once a second whether all have it; the command asks them more often.
+    deploy(ServeArgs.model_validate(args | {"live": live}), host=settings.api_host, port=settings.api_port, wait=False)
     states = serve.status().applications[APPLICATION].deployments[DEPLOYMENT].replica_states
     return {"replicas": sum(states.values())}
 

@@ -8,7 +8,7 @@ given again. Then the aliases of the registry follow, where there is one.
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from overtone.settings import Settings, environment_for
 from serve.environment import runtime_folder
 
 _ORDER_TIMEOUT_S = 240.0
-_AGREE_TIMEOUT_S = 60.0
+_AGREE_TIMEOUT_S = 300.0
+"""For all replicas, which load a bundle in turn."""
 _LOOKS = 8
 
 Change = Callable[[Rollout], Rollout]
@@ -173,8 +174,10 @@ def _carry_out(settings: Settings, driver: Driver, old: Rollout, new: Rollout) -
         _await_replicas(settings, _deploy(driver), new)
     except OvertoneError:
         # A later revision, or the replicas would take it for an order they have carried out.
-        save_rollout(settings.home, replace(old, revision=new.revision + 1))
-        _deploy(driver)
+        kept = replace(old, revision=new.revision + 1)
+        save_rollout(settings.home, kept)
+        with suppress(OvertoneError):  # the failure to tell is the first one
+            _await_replicas(settings, _deploy(driver), kept)
         raise
 
 

@@ -1,6 +1,7 @@
 """`overtone models` without a stack: orders are checked, refused or written down for the next start."""
 
 import json
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from shutil import copytree
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from overtone.bundle import Bundle
+from overtone.cli import models
 from overtone.cli.models import order
 from overtone.cli.rollout import Rollout, load_rollout, rollout_file, save_rollout
 from overtone.errors import BundleError, ConfigurationError
@@ -50,6 +52,40 @@ def test_a_bundle_that_is_not_fit_is_refused_before_anything_is_changed(settings
         order(settings, lambda it: it.promoted(other), Console(file=StringIO()), is_dry_run=False, as_json=False)
 
     assert load_rollout(settings.home) == Rollout()
+
+
+def test_what_was_served_is_ordered_again_when_a_replica_refuses(
+    settings: Settings, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[Rollout] = []
+
+    class Obeying:
+        def order(self, word: str) -> None:
+            orders.append(load_rollout(settings.home))
+
+        def await_answer(self, word: str, timeout_s: float) -> dict[str, int]:
+            return {"replicas": 1}
+
+    def look(_settings: Settings, _times: int) -> list[dict[str, object]]:
+        return [
+            {
+                "replica": "a",
+                "revision": orders[-1].revision,
+                "champion": {"folder": str(settings.bundle), "version": "old"},
+                "challenger": None,
+                "refused": [{"reason": "it failed here"}],
+            }
+        ]
+
+    monkeypatch.setattr(models, "_is_up", lambda _settings: True)
+    monkeypatch.setattr(models, "_driver", lambda _settings: nullcontext(Obeying()))
+    monkeypatch.setattr(models, "_look", look)
+
+    with pytest.raises(BundleError, match="it failed here"):
+        order(settings, lambda it: it.promoted(other), Console(file=StringIO()), is_dry_run=False, as_json=False)
+
+    assert [(one.champion, one.revision) for one in orders] == [(other, 1), (None, 2)]
+    assert load_rollout(settings.home) == orders[-1]
 
 
 def test_promote_and_rollback_change_places() -> None:
