@@ -31,7 +31,7 @@ def train_loop_per_worker(values: dict[str, Any]) -> None:
             from train.sharding import shard
 
             return shard(model, device.type, world)
-        if device.type == "cpu" and not config.model.compile:
+        if world > 1 and device.type == "cpu" and not config.model.compile:
             send_used_rows(model)
         # Gradients then lie where workers exchange them, and are not copied there and back: a tenth of a step on a CPU.
         prepared: nn.Module = ray.train.torch.prepare_model(
