@@ -148,24 +148,38 @@ def _stop_servers_of_dead_sessions() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_encoder(folder: Path) -> None:
-    """Two layers, 32 wide, with fresh weights and the tokenizer of the offline encoder."""
+def make_encoder(folder: Path, **shape: Any) -> None:
+    """Layers of two heads and of this shape, with fresh weights and the tokenizer of the offline encoder."""
     # Not every suite has what training needs.
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     from train.encoder import locate
 
     tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
-    shape = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertForSequenceClassification(shape).save_pretrained(folder)
+    config = BertConfig(vocab_size=len(tokenizer), num_attention_heads=2, **shape)
+    BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def make_tiny_encoder() -> Callable[..., None]:
+    """Puts an encoder of one layer, 8 wide, with weights that follow from a seed into a folder."""
+
+    def make(folder: Path, seed: int, **shape: Any) -> None:
+        import torch
+
+        torch.manual_seed(seed)
+        make_encoder(folder, hidden_size=8, num_hidden_layers=1, intermediate_size=16, **shape)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, make_tiny_encoder: Callable[..., None]) -> Path:
+    """An encoder to train in this process."""
+    folder = tmp_path_factory.mktemp("encoder")
+    make_tiny_encoder(folder, 0)
+    return folder
 
 
 def make_texts(path: Path, rows: int, seed: int, words: Mapping[str, Sequence[str]]) -> None:
@@ -184,7 +198,8 @@ def make_moods() -> MakeMoods:
     validate on and 300 to judge by into a folder: `encoder`, `train.tsv`, `validation.tsv` and `apart.tsv`."""
 
     def make(folder: Path, rows: int, words: Mapping[str, Sequence[str]] = WORDS) -> None:
-        make_encoder(folder / "encoder")
+        encoder = folder / "encoder"
+        make_encoder(encoder, hidden_size=32, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=64)
         for seed, (name, count) in enumerate((("train", rows), ("validation", 60), ("apart", 300)), start=1):
             make_texts(folder / f"{name}.tsv", count, seed, words)
 

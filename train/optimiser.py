@@ -100,11 +100,11 @@ def send_used_rows(model: Any) -> None:
     model.get_input_embeddings().sparse = True
 
 
-def fill_gradients(model: nn.Module) -> None:
-    """Write out gradients of used rows, as the optimiser wants them: its moments fade in all rows."""
-    for one in model.parameters():
-        if one.grad is not None and one.grad.is_sparse:
-            one.grad = one.grad.to_dense()
+def fill_gradients(model: Any) -> None:
+    """Write out what `send_used_rows` left out, as the optimiser wants it: its moments fade in all rows."""
+    weight = model.get_input_embeddings().weight
+    if weight.grad is not None and weight.grad.is_sparse:
+        weight.grad = weight.grad.to_dense()
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ given again. Then the aliases of the registry follow, where there is one.
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def order(settings: Settings, change: Change, console: Console, *, is_dry_run: b
     new = change(old)
     is_up = _is_up(settings)
     with ExitStack() as stack:
-        driver = stack.enter_context(_driver(settings)) if is_up and not is_dry_run else None
+        driver = stack.enter_context(closing(_driver(settings))) if is_up and not is_dry_run else None
         for folder in {new.champion, new.challenger} - {old.champion, old.challenger}:
             _require_fit(settings, folder, old.champion)
         if driver:
@@ -181,21 +181,12 @@ def _carry_out(settings: Settings, driver: Driver, old: Rollout, new: Rollout) -
         raise
 
 
-@contextmanager
-def _driver(settings: Settings) -> Iterator[Driver]:
+def _driver(settings: Settings) -> Driver:
     """The process that talks to Ray. It takes seconds to start, in which bundles can be looked at."""
     address, args = load_running(settings.home)
     variables = ray_variables(settings, settings.home, runtime_folder(settings.home))
-    driver = Driver(
-        address,
-        Path(args["metrics_folder"]),
-        logs=settings.home / "logs",
-        environment=environment_for(settings, **variables),
-    )
-    try:
-        yield driver
-    finally:
-        driver.close()
+    environment = environment_for(settings, **variables)
+    return Driver(address, Path(args["metrics_folder"]), logs=settings.home / "logs", environment=environment)
 
 
 def _deploy(driver: Driver) -> int:

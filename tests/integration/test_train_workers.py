@@ -10,11 +10,9 @@ import pytest
 import torch
 import torch.multiprocessing as processes
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split
-from train.encoder import locate
 from train.loop import Run, alone
 from train.optimiser import send_used_rows
 
@@ -22,19 +20,6 @@ LABELS = np.arange(24) % 3
 TEXTS = LabelledTexts(
     tuple(f"{('awful', 'table', 'lovely')[label]} thing {row}" for row, label in enumerate(LABELS)), LABELS
 )
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
-    torch.manual_seed(0)
-    shape = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertForSequenceClassification(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def shared(model: nn.Module) -> nn.Module:
@@ -72,12 +57,12 @@ def weights(kept: Path, rank: int) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_two_workers_end_with_the_weights_of_one(encoder: Path, tmp_path: Path, parts: int) -> None:
+def test_two_workers_end_with_the_weights_of_one(tiny_encoder: Path, tmp_path: Path, parts: int) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    trained(0, 1, encoder, one, parts)
-    processes.spawn(trained, args=(2, encoder, two, parts), nprocs=2)
+    trained(0, 1, tiny_encoder, one, parts)
+    processes.spawn(trained, args=(2, tiny_encoder, two, parts), nprocs=2)
 
     first, second, expected = weights(two, 0), weights(two, 1), weights(one, 0)
     for name, value in expected.items():

@@ -1,7 +1,6 @@
 """`overtone models` without a stack: orders are checked, refused or written down for the next start."""
 
 import json
-from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from shutil import copytree
@@ -66,6 +65,9 @@ def test_what_was_served_is_ordered_again_when_a_replica_refuses(
         def await_answer(self, word: str, timeout_s: float) -> dict[str, int]:
             return {"replicas": 1}
 
+        def close(self) -> None:
+            pass
+
     def look(_settings: Settings, _times: int) -> list[dict[str, object]]:
         return [
             {
@@ -78,7 +80,7 @@ def test_what_was_served_is_ordered_again_when_a_replica_refuses(
         ]
 
     monkeypatch.setattr(models, "_is_up", lambda _settings: True)
-    monkeypatch.setattr(models, "_driver", lambda _settings: nullcontext(Obeying()))
+    monkeypatch.setattr(models, "_driver", lambda _settings: Obeying())
     monkeypatch.setattr(models, "_look", look)
 
     with pytest.raises(BundleError, match="it failed here"):

@@ -3,6 +3,8 @@
 import os
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 from shutil import copytree
 
 import pytest
@@ -30,13 +32,6 @@ class CountingEngine(OnnxEngine):
         return super().classify(token_ids)
 
 
-def renamed(bundle: Bundle) -> Bundle:
-    """The same bundle under another name, so of another version."""
-    folder = copytree(bundle.path, bundle.path.with_name("renamed"))
-    spec = BundleSpec("renamed", bundle.labels, bundle.max_length, bundle.temperature, bundle.precision, bundle.golden)
-    return write_bundle(folder, spec=spec)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
 async def test_the_engine_lets_the_event_loop_go_first(tiny_bundle: Bundle) -> None:
     engine = NotingEngine(tiny_bundle)
@@ -48,7 +43,11 @@ async def test_the_engine_lets_the_event_loop_go_first(tiny_bundle: Bundle) -> N
     await classifier.close()
 
 
-async def test_a_bundle_that_is_returned_to_is_checked_but_not_measured_again(tiny_bundle: Bundle) -> None:
+async def test_a_bundle_that_is_returned_to_is_checked_but_not_measured_again(
+    tiny_bundle: Bundle, bundle_spec: BundleSpec, tmp_path: Path
+) -> None:
+    folder = copytree(tiny_bundle.path, tmp_path / "renamed")
+    renamed = write_bundle(folder, spec=replace(bundle_spec, name="renamed", golden=tiny_bundle.golden))
     engines: list[CountingEngine] = []
 
     def engine_for(bundle: Bundle, _threads: int) -> CountingEngine:
@@ -56,7 +55,7 @@ async def test_a_bundle_that_is_returned_to_is_checked_but_not_measured_again(ti
         return engines[-1]
 
     classifier = Classifier(engine_for=engine_for)
-    for bundle in (tiny_bundle, renamed(tiny_bundle), tiny_bundle):
+    for bundle in (tiny_bundle, renamed, tiny_bundle):
         await classifier.load(bundle.path)
     await classifier.close()
 

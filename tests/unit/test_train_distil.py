@@ -1,41 +1,25 @@
 """What teachers say of texts, averaged."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from overtone.errors import ConfigurationError
 from train.config import TeacherConfig, TrainConfig
 from train.data import LabelledTexts
 from train.distil import lessons, soft_labels
-from train.encoder import locate
 
 ROWS = LabelledTexts(("a", "b c", "d", "e"), np.array([0, 1, 1, 2]))
 TEXTS = ["a fine day", "no", "the meeting is at noon, as it always was and always will be", "a"]
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
-    folders = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        shape = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            num_labels=3,
-            initializer_range=1.0,
-        )
-        folder = tmp_path_factory.mktemp("teacher")
-        BertForSequenceClassification(shape).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        folders.append(folder)
+def teachers(tmp_path_factory: pytest.TempPathFactory, make_tiny_encoder: Callable[..., None]) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("teacher") for _ in range(2)]
+    for seed, folder in enumerate(folders, start=1):
+        make_tiny_encoder(folder, seed, num_labels=3, initializer_range=1.0)
     return folders
 
 

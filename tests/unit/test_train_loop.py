@@ -7,30 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split
-from train.encoder import locate
 from train.loop import STATE, WEIGHTS, Run, alone
 from train.optimiser import trained_attention
 
 LABELS = ("negative", "neutral", "positive")
 STILL = {"dropout": 0.0, "classifier_dropout": 0.0}
 WORDS = ("awful", "table", "lovely")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = AutoTokenizer.from_pretrained(locate("minilm"))
-    torch.manual_seed(0)
-    shape = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertForSequenceClassification(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def labelled(rows: int) -> LabelledTexts:
@@ -73,9 +58,9 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], toleranc
     return all(torch.allclose(left[name], right[name], rtol=0, atol=tolerance) for name in left)
 
 
-def test_every_epoch_ends_with_an_evaluation_and_a_checkpoint(encoder: Path, tmp_path: Path) -> None:
+def test_every_epoch_ends_with_an_evaluation_and_a_checkpoint(tiny_encoder: Path, tmp_path: Path) -> None:
     told = Told(kept=tmp_path)
-    make_run(encoder, told).train()
+    make_run(tiny_encoder, told).train()
 
     assert [(one["step"], one["epoch"]) for one in told.metrics] == [(4, 1.0), (8, 2.0)]
     assert all(0 <= one["macro_recall"] <= 1 for one in told.metrics)
@@ -85,18 +70,18 @@ def test_every_epoch_ends_with_an_evaluation_and_a_checkpoint(encoder: Path, tmp
     assert all("gpu_utilisation" not in one for one in told.metrics)
 
 
-def test_attention_is_written_out_on_a_processor(encoder: Path) -> None:
-    assert make_run(encoder, Told()).bare.config._attn_implementation == "eager"
+def test_attention_is_written_out_on_a_processor(tiny_encoder: Path) -> None:
+    assert make_run(tiny_encoder, Told()).bare.config._attn_implementation == "eager"
     assert trained_attention(torch.device("cuda")) is None
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(encoder: Path, tmp_path: Path) -> None:
-    unbroken = make_run(encoder, Told())
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_encoder: Path, tmp_path: Path) -> None:
+    unbroken = make_run(tiny_encoder, Told())
     unbroken.train()
 
-    broken = make_run(encoder, Told(kept=tmp_path))
+    broken = make_run(tiny_encoder, Told(kept=tmp_path))
     broken.train_epoch(0)
-    resumed = make_run(encoder, Told())
+    resumed = make_run(tiny_encoder, Told())
     resumed.resume(tmp_path)
     assert resumed.progress.step == 4
     resumed.train()
@@ -106,39 +91,39 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(encoder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("parts", [2, 4, 6])
-def test_a_step_in_parts_is_the_same_step(encoder: Path, parts: int) -> None:
-    whole = make_run(encoder, Told(), model=STILL, epochs=1)
-    divided = make_run(encoder, Told(), model=STILL, epochs=1, accumulate=parts)
+def test_a_step_in_parts_is_the_same_step(tiny_encoder: Path, parts: int) -> None:
+    whole = make_run(tiny_encoder, Told(), model=STILL, epochs=1)
+    divided = make_run(tiny_encoder, Told(), model=STILL, epochs=1, accumulate=parts)
     whole.train()
     divided.train()
 
     assert same(weights(whole), weights(divided), tolerance=1e-4)
 
 
-def test_without_dropout_two_passes_agree(encoder: Path) -> None:
-    once = make_run(encoder, Told(), model=STILL | {"attention_dropout": 0.0}, epochs=1)
-    twice = make_run(encoder, Told(), model=STILL | {"attention_dropout": 0.0}, epochs=1, rdrop=4.0)
+def test_without_dropout_two_passes_agree(tiny_encoder: Path) -> None:
+    once = make_run(tiny_encoder, Told(), model=STILL | {"attention_dropout": 0.0}, epochs=1)
+    twice = make_run(tiny_encoder, Told(), model=STILL | {"attention_dropout": 0.0}, epochs=1, rdrop=4.0)
     once.train()
     twice.train()
 
     assert same(weights(once), weights(twice), tolerance=1e-4)
 
 
-def test_with_dropout_their_disagreement_is_learned_from(encoder: Path) -> None:
-    once = make_run(encoder, Told(), epochs=1)
-    twice = make_run(encoder, Told(), epochs=1, rdrop=4.0)
+def test_with_dropout_their_disagreement_is_learned_from(tiny_encoder: Path) -> None:
+    once = make_run(tiny_encoder, Told(), epochs=1)
+    twice = make_run(tiny_encoder, Told(), epochs=1, rdrop=4.0)
     once.train()
     twice.train()
 
     assert not same(weights(once), weights(twice), tolerance=1e-4)
 
 
-def test_mixout_trains_towards_the_start_and_resumes(encoder: Path, tmp_path: Path) -> None:
-    plain = make_run(encoder, Told(), model=STILL)
-    mixed = make_run(encoder, Told(kept=tmp_path), model=STILL, mixout=0.9)
+def test_mixout_trains_towards_the_start_and_resumes(tiny_encoder: Path, tmp_path: Path) -> None:
+    plain = make_run(tiny_encoder, Told(), model=STILL)
+    mixed = make_run(tiny_encoder, Told(kept=tmp_path), model=STILL, mixout=0.9)
     plain.train()
     mixed.train_epoch(0)
-    resumed = make_run(encoder, Told(), model=STILL, mixout=0.9)
+    resumed = make_run(tiny_encoder, Told(), model=STILL, mixout=0.9)
     resumed.resume(tmp_path)
     resumed.train()
     mixed.train()
@@ -147,16 +132,24 @@ def test_mixout_trains_towards_the_start_and_resumes(encoder: Path, tmp_path: Pa
     assert same(weights(resumed), weights(mixed))
 
 
-def test_a_quantisation_aware_run_rounds_and_resumes(encoder: Path, tmp_path: Path) -> None:
-    plain = make_run(encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1)
-    unbroken = make_run(encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True)
+def test_a_quantisation_aware_run_rounds_and_resumes(tiny_encoder: Path, tmp_path: Path) -> None:
+    plain = make_run(tiny_encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1)
+    unbroken = make_run(tiny_encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True)
     broken = make_run(
-        encoder, Told(kept=tmp_path), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True, evaluations=2
+        tiny_encoder,
+        Told(kept=tmp_path),
+        model=STILL,
+        ema_decay=0.5,
+        ema_every=1,
+        quantisation_aware=True,
+        evaluations=2,
     )
     plain.train()
     unbroken.train()
     broken.train_epoch(0)
-    resumed = make_run(encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True, evaluations=2)
+    resumed = make_run(
+        tiny_encoder, Told(), model=STILL, ema_decay=0.5, ema_every=1, quantisation_aware=True, evaluations=2
+    )
     resumed.resume(tmp_path)
     broken.train_epoch(1)
     resumed.train()
@@ -166,17 +159,17 @@ def test_a_quantisation_aware_run_rounds_and_resumes(encoder: Path, tmp_path: Pa
     assert same(weights(resumed), weights(broken))
 
 
-def test_gradient_checkpointing_changes_no_figure(encoder: Path) -> None:
-    kept = make_run(encoder, Told(), epochs=1)
-    again = make_run(encoder, Told(), epochs=1, model={"gradient_checkpointing": True})
+def test_gradient_checkpointing_changes_no_figure(tiny_encoder: Path) -> None:
+    kept = make_run(tiny_encoder, Told(), epochs=1)
+    again = make_run(tiny_encoder, Told(), epochs=1, model={"gradient_checkpointing": True})
     kept.train()
     again.train()
 
     assert same(weights(kept), weights(again), tolerance=1e-5)
 
 
-def test_a_run_that_gets_no_better_stops(encoder: Path) -> None:
+def test_a_run_that_gets_no_better_stops(tiny_encoder: Path) -> None:
     told = Told()
-    make_run(encoder, told, epochs=50, learning_rate=1e-12, patience=2).train()
+    make_run(tiny_encoder, told, epochs=50, learning_rate=1e-12, patience=2).train()
 
     assert len(told.metrics) == 3, "the first epoch sets the figure, two more do not better it"
