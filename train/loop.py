@@ -21,7 +21,7 @@ from train.config import TrainConfig
 from train.data import LabelledTexts, Split, augment, length_grouped, log_prior, pad, share_of
 from train.encoder import Encode, encoder_of, open_classifier, open_tokenizer
 from train.optimiser import (
-    fill_gradients,
+    UsedRows,
     learning_rate_factor,
     make_average,
     make_loss,
@@ -112,6 +112,9 @@ class Run:
         self.average = make_average(self.bare, self.settings)
         if config.model.gradient_checkpointing:
             self.bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # A compiled model cannot make such gradients, a divided one has its own way, and a GPU writes all in no time.
+        has_use = self.device.type == "cpu" and not self.sharded and not config.model.compile
+        self.used_rows = UsedRows(self.bare) if has_use else None
         self.model = place.prepare(self.bare)
         self.mixed = make_mixout(self.model, self.settings.mixout) if self.settings.mixout else None
         if config.model.compile:
@@ -199,8 +202,10 @@ class Run:
                 loss = self._loss(rows[chosen], batch[chosen]) * (len(batch[chosen]) / len(batch))
                 loss.backward()
             total += loss.detach()
-        fill_gradients(self.bare)
-        torch.nn.utils.clip_grad_norm_(self.bare.parameters(), self.settings.clip_norm)
+        if self.used_rows:
+            self.used_rows.clip(self.settings.clip_norm)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.bare.parameters(), self.settings.clip_norm)
         self.optimiser.step()
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)

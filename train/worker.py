@@ -14,7 +14,6 @@ from torch import nn
 
 from train.config import TrainConfig
 from train.loop import Place, Run
-from train.optimiser import send_used_rows
 
 
 def train_loop_per_worker(values: dict[str, Any]) -> None:
@@ -31,8 +30,6 @@ def train_loop_per_worker(values: dict[str, Any]) -> None:
             from train.sharding import shard
 
             return shard(model, device.type, world)
-        if world > 1 and device.type == "cpu" and not config.model.compile:
-            send_used_rows(model)
         # Gradients then lie where workers exchange them, and are not copied there and back: a tenth of a step on a CPU.
         prepared: nn.Module = ray.train.torch.prepare_model(
             model, move_to_device=False, parallel_strategy_kwargs={"gradient_as_bucket_view": True}

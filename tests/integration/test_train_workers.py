@@ -14,7 +14,6 @@ from torch import nn
 from train.config import TrainConfig
 from train.data import LabelledTexts, Split
 from train.loop import Run, alone
-from train.optimiser import send_used_rows
 
 LABELS = np.arange(24) % 3
 TEXTS = LabelledTexts(
@@ -23,7 +22,6 @@ TEXTS = LabelledTexts(
 
 
 def shared(model: nn.Module) -> nn.Module:
-    send_used_rows(model)
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from train.config import OptimiserConfig
-from train.optimiser import learning_rate_factor, make_average, make_loss, make_mixout, parameter_groups, products_in
+from train.optimiser import (
+    UsedRows,
+    learning_rate_factor,
+    make_average,
+    make_loss,
+    make_mixout,
+    parameter_groups,
+    products_in,
+)
 
 
 class TinyEncoder(nn.Module):
@@ -140,3 +148,43 @@ def test_the_average_starts_at_the_weights_and_follows() -> None:
     average.update_parameters(model)
     assert torch.allclose(average.module.weight, start + 0.5)
     assert make_average(model, OptimiserConfig(ema_decay=0.0)) is None
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 4)
+        self.head = nn.Linear(4, 3)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.words
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.head(self.words(ids).mean(dim=1))
+        return scores
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1e3])
+def test_gradients_of_used_rows_train_as_those_of_all_rows(max_norm: float) -> None:
+    torch.manual_seed(3)
+    plain = Words()
+    model = Words()
+    model.load_state_dict(plain.state_dict())
+    rows = UsedRows(model)
+    optimisers = [torch.optim.AdamW(one.parameters(), lr=0.1) for one in (plain, model)]
+    for _ in range(4):
+        # The same word twice in a text, and two passes before a step.
+        texts = [torch.tensor([[number, number, 7]]) for number in torch.randint(0, 50, (2,)).tolist()]
+        for one in (plain, model):
+            for ids in texts:
+                one(ids).pow(2).sum().backward()
+        assert model.words.weight.grad is not None
+        assert model.words.weight.grad.is_sparse
+        nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+        rows.clip(max_norm)
+        for mine, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(mine.grad, wanted.grad, atol=1e-7)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
