@@ -117,11 +117,11 @@ class TextReport:
 
     def finished(self, totals: dict[str, Any]) -> None:
         self.close()
-        self._console.print(
-            f"Stopped after {in_words(totals['seconds'])}: {totals['posts_stored']:,} posts and "
-            f"{totals['predictions_stored']:,} predictions are stored.",
-            highlight=False,
-        )
+        stored = ""
+        if "posts_stored" in totals:  # the database may have been away
+            posts, predictions = totals["posts_stored"], totals["predictions_stored"]
+            stored = f": {posts:,} posts and {predictions:,} predictions are stored"
+        self._console.print(f"Stopped after {in_words(totals['seconds'])}{stored}.", highlight=False)
 
     def close(self) -> None:
         if self._live is not None:

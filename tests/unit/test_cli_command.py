@@ -1,5 +1,6 @@
 """The command line itself: durations, exit codes, options, help."""
 
+import io
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ from overtone import errors
 from overtone.cli.durations import in_words, parse_duration
 from overtone.cli.exits import EXIT_CODES, error_of, exit_code, tell
 from overtone.cli.plan import require_free_port
-from overtone.cli.reports import JsonReport, curl_line
+from overtone.cli.reports import JsonReport, TextReport, curl_line
 from overtone.cli.state import PartRecord
 from overtone.cli.supervisor import secret_file
 from overtone.ports import free_ports
@@ -190,3 +191,17 @@ def test_a_report_in_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == {"event": "part.started", "part": "ray", "address": "here", "seconds": 1.23}
     assert lines[-1]["posts_stored"] == lines[-1]["predictions_stored"] == 3
+
+
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ({"posts_stored": 1200, "predictions_stored": 3}, ": 1,200 posts and 3 predictions are stored."),
+        ({}, "."),  # the database was away when the stack was stopped
+    ],
+)
+def test_the_end_is_told_with_what_is_known_of_the_database(figures: dict[str, int], told: str) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    TextReport(console).finished({"seconds": 5.0, **figures, "addresses": {}})
+
+    assert console.file.getvalue().rstrip() == f"Stopped after 5.0 s{told}"  # type: ignore[attr-defined]
