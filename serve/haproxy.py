@@ -37,6 +37,8 @@ _WHOLE_BODY_BYTES = 48 * 1024
 # Seconds for a request's headers and as much of its body as fits the buffer; for the rest of an answer that has begun.
 _REQUEST_TIMEOUT_S = 30
 _ANSWER_TIMEOUT_S = 30
+_CONNECT_MS = 250
+"""What a connection to a replica may take. HAProxy waits as long after one was refused, or a second if that is less."""
 
 QUEUE_HEADER = "overtone-queue"
 """By which a replica says `full` to HAProxy, which does not pass it on."""
@@ -78,6 +80,7 @@ if [ -n "$config" ]; then
         -e "$ready" \\
         {metrics_edit}-e '/^listen stats$/,$s#^\\( *\\)bind .*#\\1bind unix@{folder}/stats.sock mode 600#' \\
         -e 's/ mode 666 level admin/ mode 600 level admin/' \\
+        -e 's/^\\( *timeout connect\\) .*/\\1 {connect_ms}ms/' \\
         -e '/^ *log [^ ]* local0 info$/d' \\
         -e '/^ *errorfile /d' \\
         -e 's#^\\( *server [^ ]*\\) [^ ]* check backup$#\\1 unix@{folder}/last.sock check backup#' \\
@@ -181,7 +184,7 @@ def write_start_script(folder: Path, binary: Path, *, setpriv: str | None, shows
     script = folder / "haproxy.sh"
     prefix = f'"{setpriv}" --pdeathsig TERM ' if setpriv else ""
     edit = "" if shows_metrics else _CLOSE_METRICS.format(folder=folder)
-    parts = {"folder": folder, "prefix": prefix, "binary": binary, "metrics_edit": edit}
+    parts = {"folder": folder, "prefix": prefix, "binary": binary, "metrics_edit": edit, "connect_ms": _CONNECT_MS}
     _write(script, _SCRIPT.format(**parts))
     script.chmod(0o700)
     return script

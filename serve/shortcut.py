@@ -7,12 +7,17 @@ HTTP server straight to the application; everything else, Serve's health checks 
 
 Serve calls `middlewares` in each of its HTTP servers, through `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`. Its count of
 ongoing requests does not see these; when it stops a replica, its HTTP server still ends them first.
+
+An answer that is whole is written whole. Uvicorn writes its head and its body apart, and uvloop sends each at once:
+under load that leaves a hundredth of the time in which a replica that dies has sent half an answer, and nobody can
+then ask another one.
 """
 
 import asyncio
+from typing import Any
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.http import HOT_ROUTES
 
@@ -35,8 +40,59 @@ class Shortcut:
         if self._target is not None and scope["type"] == "http" and (scope["method"], scope["path"]) in HOT_ROUTES:
             target, loop = self._target
             if loop is asyncio.get_running_loop():
-                application = target
+                application, send = target, _in_one_write(send)
         await application(scope, receive, send)
+
+
+class _Joined:
+    """A connection that keeps what is written to it until `flush`."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._kept: list[bytes] = []
+        self.write = self._kept.append
+
+    def flush(self) -> None:
+        if self._kept:
+            self._transport.write(b"".join(self._kept))
+            self._kept.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+def _in_one_write(send: Send) -> Send:
+    """`send` of uvicorn, which writes the head of an answer along with its body if that has one part; else `send`."""
+    cycle: Any = getattr(send, "__self__", None)
+    if not hasattr(cycle, "transport"):
+        return send
+    head: Message | None = None
+
+    async def send_joined(message: Message) -> None:
+        nonlocal head
+        if message["type"] == "http.response.start":
+            head = message
+            return
+        if head is None:
+            await send(message)
+            return
+        start, head = head, None
+        transport = cycle.transport
+        joined = transport if message.get("more_body") else _Joined(transport)
+        cycle.transport = joined
+        try:
+            await send(start)
+            await send(message)
+        finally:
+            cycle.transport = transport
+        if joined is not transport:
+            joined.flush()
+
+    return send_joined
 
 
 def middlewares() -> list[Middleware]:

@@ -16,6 +16,7 @@ global
     log 127.0.0.1:514 local0 info
     stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
 defaults
+    timeout connect 5s
     log global
 frontend prometheus
     bind :9101
@@ -89,6 +90,7 @@ def test_the_script_closes_what_ray_leaves_open(folder: Path, tmp_path: Path) ->
     assert "514" not in config.read_text()
     waits = r"^defaults\n(?: .*\n)* *option http-buffer-request\n *timeout http-request 30s$"
     assert re.search(waits, config.read_text(), re.MULTILINE)
+    assert re.findall(r"timeout connect .*", config.read_text()) == ["timeout connect 250ms"]
     assert script.stat().st_mode & 0o777 == 0o700
 
 
