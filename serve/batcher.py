@@ -30,6 +30,10 @@ INTERACTIVE_WASTE = 8
 """While both priorities wait, an interactive row may add so many times more padding than others: in the next batch it
 would wait for a whole one, which bulk rows fill."""
 
+BULK_BESIDE = 4
+"""While both priorities wait, bulk rows fill a batch that starts with interactive ones to a share of its budget, one in
+so many: enough that its fixed cost is shared, and little enough that nobody waits long for rows of others."""
+
 _RATE_MEMORY = 0.9
 
 
@@ -133,9 +137,9 @@ class Backlog(Generic[Row]):
     """All rows that wait, and the choice of the next batch among them.
 
     The choice: the oldest row, of interactive requests first, then again and again the row of that priority that adds
-    least padding, then likewise of the other one, until no further row fits the budget or every one would add too much
-    padding. Every `BULK_TURN`th time, half of the budget is filled with bulk rows first. So a row is never passed over
-    by more batches than there were rows before it. For use from any thread.
+    least padding, then likewise of the other one, within `BULK_BESIDE`, until no further row fits the budget or every
+    one would add too much padding. Every `BULK_TURN`th time, half of the budget is filled with bulk rows first. So a
+    row is never passed over by more batches than there were rows before it. For use from any thread.
     """
 
     def __init__(self) -> None:
@@ -193,7 +197,8 @@ class Backlog(Generic[Row]):
             self._passed_over = 0
             return [(interactive, room), (bulk, room)]
         self._passed_over = (self._passed_over + 1) % BULK_TURN
-        mixed = [(interactive, _Room(room.budget_tokens, room.waste_tokens * INTERACTIVE_WASTE)), (bulk, room)]
+        beside = _Room(room.budget_tokens // BULK_BESIDE, room.waste_tokens)
+        mixed = [(interactive, _Room(room.budget_tokens, room.waste_tokens * INTERACTIVE_WASTE)), (bulk, beside)]
         if self._passed_over:
             return mixed
         return [(bulk, _Room(room.budget_tokens // 2, room.waste_tokens)), *mixed]

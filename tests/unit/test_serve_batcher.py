@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from overtone.errors import DeadlineExceededError, EngineError, OverloadedError, ShuttingDownError
 from serve.batcher import (
+    BULK_BESIDE,
     BULK_TURN,
     Backlog,
     Batch,
@@ -150,7 +151,7 @@ def test_a_dropped_request_is_never_taken(asked: list[tuple[list[int], Priority]
 
 
 def test_all_that_fits_is_taken() -> None:
-    [batch] = take_all(backlog_of(ticket([3, 9, 1]), ticket([5], "bulk")), budget=36)
+    [batch] = take_all(backlog_of(ticket([3, 9, 1]), ticket([5])), budget=36)
 
     assert sorted(lengths_of(batch)) == [1, 3, 5, 9]
 
@@ -171,11 +172,14 @@ def test_a_row_that_would_add_much_padding_waits_for_its_like() -> None:
     assert batches == [[30, 28, 22], [10, 9], [36], [50]]
 
 
-def test_interactive_rows_go_first_and_bulk_fills_up() -> None:
-    bulk, interactive = ticket([10] * 100, "bulk"), ticket([10] * 3)
-    batch, _ = backlog_of(bulk, interactive).take(50, 0.0)
+@pytest.mark.parametrize(("interactive", "bulk"), [(1, 4), (3, 2), (7, 0)])
+def test_interactive_rows_go_first_and_bulk_fills_up_a_quarter(interactive: int, bulk: int) -> None:
+    backlog = backlog_of(ticket([10] * 100, "bulk"), ticket([10] * interactive))
+    batch, _ = backlog.take(50 * BULK_BESIDE, 0.0)
+    after, _ = backlog.take(50 * BULK_BESIDE, 0.0)
 
-    assert [item.priority for item, _ in batch] == ["interactive"] * 3 + ["bulk"] * 2
+    assert [item.priority for item, _ in batch] == ["interactive"] * interactive + ["bulk"] * bulk
+    assert [item.priority for item, _ in after] == ["bulk"] * 5 * BULK_BESIDE
 
 
 def test_rows_past_their_deadline_are_given_up_when_met() -> None:
@@ -405,7 +409,7 @@ async def test_an_interactive_text_is_in_the_batch_that_the_engine_begins_next()
 
     assert await one == [5]
     assert await bulk == [1] * 40
-    assert [len(batch) for batch in engine.batches if batch][:2] == [4, 4]
+    assert [len(batch) for batch in engine.batches if batch][:2] == [4, 1]
     assert [5] in engine.batches[1]
     engine.close()
 
