@@ -7,7 +7,8 @@ folder. A version is an MLflow `pyfunc` model that holds the bundle's folder, so
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,14 @@ class Registered:
     """Of the run that made it; empty if there was none."""
     aliases: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A bundle that was fetched from the registry, in a folder that is named after its version."""
+
+    folder: Path
+    bytes: int
 
 
 def local_store(home: Path) -> Path:
@@ -165,6 +174,30 @@ class Registry:
                 _move(found, target)
         return load_bundle(target)
 
+    def prune(self, keep: int, used: Collection[Path], *, is_dry_run: bool = False) -> list[Fetched]:
+        """Remove fetched bundles, which can be fetched again; what was, or would be, removed, the oldest last.
+
+        Those stay that have an alias or are in one of the folders `used`, and of the rest the `keep` fetched last.
+        Folders that are no version of the registry are not touched.
+        """
+        versions: dict[Path, list[Registered]] = defaultdict(list)
+        for one in self.history():
+            versions[self.folder_of(one)].append(one)
+        in_use = {folder.resolve() for folder in used}
+        free = [
+            folder
+            for folder, held in versions.items()
+            if folder.is_dir() and folder.resolve() not in in_use and not any(one.aliases for one in held)
+        ]
+        free.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+        removed = []
+        for folder in free[keep:]:
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            removed.append(Fetched(folder, size))
+            if not is_dry_run:
+                _remove(folder)
+        return removed
+
     def _download(self, source: str, scratch: str) -> str:
         folder: str = self._mlflow.artifacts.download_artifacts(
             source, dst_path=scratch, tracking_uri=self._uri, registry_uri=self._uri
@@ -202,6 +235,12 @@ class Registry:
             if challenger is not None and challenger == chosen["champion"]:
                 self._client.delete_registered_model_alias(self.name, "challenger")
         return chosen["champion"]
+
+
+def _remove(folder: Path) -> None:
+    # Out of the way first: half a bundle must not be taken for one.
+    with tempfile.TemporaryDirectory(prefix=".prune-", dir=folder.parent) as scratch:
+        os.replace(folder, Path(scratch) / folder.name)
 
 
 def _move(found: Path, target: Path) -> None:

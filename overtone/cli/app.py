@@ -516,6 +516,18 @@ def models_pull(
     return pull(_settings(), name, Console(), as_json=as_json)
 
 
+@models.command("prune")
+def models_prune(
+    keep: Annotated[int, typer.Option(min=0, help="How many of those that nothing refers to stay.")] = 3,
+    dry_run: Preview = False,
+    as_json: AsJson = False,
+) -> int:
+    """Remove bundles in OVERTONE_HOME/bundles that are not served and have no alias; the registry keeps them."""
+    from overtone.cli.models import prune
+
+    return prune(_settings(), Console(), keep=keep, is_dry_run=dry_run, as_json=as_json)
+
+
 @models.command("shadow")
 def models_shadow(share: Share, bundle: Challenger = None, dry_run: DryRun = False, as_json: AsJson = False) -> int:
     """Have a challenger classify a share of requests too, unseen, and count where it disagrees."""

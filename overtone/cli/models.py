@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -110,11 +111,7 @@ def pull(settings: Settings, name: str, console: Console, *, as_json: bool) -> i
         EnvironmentProblemError: MLflow is not installed.
         NotFoundError: the registry has no such version.
     """
-    if not is_in_use(settings):
-        raise NotFoundError(
-            "There is no registry: set MLFLOW_TRACKING_URI, or train with `python -m train --register`."
-        )
-    registry = Registry(settings)
+    registry = _registry(settings)
     found = registry.resolve(name)
     folder = str(registry.fetch(found).path)
     if as_json:
@@ -122,6 +119,37 @@ def pull(settings: Settings, name: str, console: Console, *, as_json: bool) -> i
     else:
         console.print(escape(folder), highlight=False, soft_wrap=True)
     return 0
+
+
+def prune(settings: Settings, console: Console, *, keep: int, is_dry_run: bool, as_json: bool) -> int:
+    """Remove bundles that were fetched and are neither served here, nor have an alias, nor are the `keep` last ones.
+
+    Raises:
+        EnvironmentProblemError: MLflow is not installed.
+        NotFoundError: there is no registry from which they could be fetched again.
+    """
+    registry = _registry(settings)
+    rollout = load_rollout(settings.home)
+    named = (rollout.champion, rollout.previous, rollout.challenger, settings.bundle)
+    removed = registry.prune(keep, [Path(folder) for folder in named if folder], is_dry_run=is_dry_run)
+    freed = sum(one.bytes for one in removed)
+    if as_json:
+        shown = [{"version": one.folder.name, "folder": str(one.folder), "bytes": one.bytes} for one in removed]
+        console.print_json(json.dumps({"removed": shown, "bytes": freed, "dry_run": is_dry_run}))
+        return 0
+    for one in removed:
+        console.print(f"{decimal(one.bytes):>10}  {escape(str(one.folder))}", highlight=False, soft_wrap=True)
+    done = "would be removed" if is_dry_run else "removed"
+    console.print(f"[green]{len(removed)} bundles {done}, {decimal(freed)}[/]")
+    return 0
+
+
+def _registry(settings: Settings) -> Registry:
+    if not is_in_use(settings):
+        raise NotFoundError(
+            "There is no registry: set MLFLOW_TRACKING_URI, or train with `python -m train --register`."
+        )
+    return Registry(settings)
 
 
 def _follow(settings: Settings, new: Rollout, *, is_up: bool) -> str | None:

@@ -1,5 +1,7 @@
 """The registry on real MLflow: SQLite and a folder, the default bundle, and MLflow's own server on top."""
 
+import io
+import json
 import os
 import shutil
 import signal
@@ -15,8 +17,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from rich.console import Console
 
 from overtone.bundle import Bundle, BundleSpec, Golden, TextEncoder, load_bundle, write_bundle
+from overtone.cli.models import prune
+from overtone.cli.rollout import Rollout, save_rollout
 from overtone.engine import classify_sorted, open_engine
 from overtone.errors import ConfigurationError, EnvironmentProblemError, NotFoundError, UnavailableError
 from overtone.registry import Registry, is_in_use, tracking_uri
@@ -128,6 +133,42 @@ def test_aliases_follow_what_is_served(registry: Registry, bundles: list[Bundle]
     assert registry.follow("unknown-00000000", second) is None
     assert registry.find("champion") is None
     assert registry.resolve("previous").bundle_version == second
+
+
+def test_fetched_bundles_that_nothing_refers_to_are_removed(
+    settings: Settings, registry: Registry, bundles: list[Bundle]
+) -> None:
+    def pruned(home: Settings, **options: Any) -> list[str]:
+        console = Console(file=io.StringIO(), width=200)
+        assert prune(home, console, as_json=True, **{"keep": 0, "is_dry_run": False} | options) == 0
+        found = json.loads(console.file.getvalue())  # type: ignore[attr-defined]
+        assert found["bytes"] == sum(one["bytes"] for one in found["removed"])
+        assert all(one["bytes"] > 1_000_000 for one in found["removed"])
+        return [one["version"] for one in found["removed"]]
+
+    registry.set_alias("champion", registry.resolve("2"))
+    first, second = (registry.fetch(registry.resolve(number)).path for number in ("1", "2"))
+    other = shutil.copytree(first, first.parent / "not-of-the-registry")
+
+    assert pruned(settings, keep=1) == []
+    save_rollout(settings.home, Rollout(champion=str(first)))
+    assert pruned(settings) == []
+    save_rollout(settings.home, Rollout(champion=str(second), previous=str(first), has_previous=True))
+    assert pruned(settings) == []
+    save_rollout(settings.home, Rollout())
+    assert pruned(settings.model_copy(update={"bundle": first})) == []
+    assert pruned(settings, is_dry_run=True) == [bundles[0].version]
+    assert first.is_dir()
+
+    assert pruned(settings) == [bundles[0].version]
+    assert {path.name for path in first.parent.iterdir()} == {second.name, other.name}
+    assert registry.fetch(registry.resolve("1")).sha256 == bundles[0].sha256
+
+
+def test_nothing_is_removed_that_no_registry_keeps(tmp_path: Path) -> None:
+    home = load_settings(overtone_home=tmp_path, mlflow_tracking_uri=None)
+    with pytest.raises(NotFoundError, match="no registry"):
+        prune(home, Console(), keep=0, is_dry_run=False, as_json=False)
 
 
 def test_a_run_that_did_not_end_is_continued_under_its_name(settings: Settings, registry: Registry) -> None:
