@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from kuberay.build import Document
-from kuberay.spec import annotation, live_options
+from kuberay.spec import HISTORY, annotation, live_options
 from kuberay.states import pending_cluster, state_of
 from overtone.errors import ClusterError
 
@@ -117,3 +117,17 @@ def note_of(service: Document) -> Note | None:
         return Note(**json.loads(text)) if text else None
     except (ValueError, TypeError):
         raise ClusterError(f"The annotation {NOTE} of the RayService cannot be read; remove it.") from None
+
+
+def folders_in_use(service: Document) -> set[str]:
+    """The folders of bundles that the RayService names: served or on trial, before its last rollout too, or taken back.
+
+    Raises:
+        ClusterError: an annotation cannot be read.
+    """
+    note, past = note_of(service), annotation(service, HISTORY)
+    orders = [live_options(each) for each in (service, {"spec": json.loads(past)} if past else None) if each]
+    named = [order.get(role) for order in orders for role in ("bundle", "challenger")]
+    named += [note.folder, note.previous] if note else []
+    named.append(annotation(service, WITHDRAWN))
+    return {folder for folder in named if folder and folder != DEFAULT}

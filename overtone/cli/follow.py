@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from kuberay.champion import DEFAULT, Champion, next_step, note_of
+from kuberay.champion import DEFAULT, Champion, folders_in_use, next_step, note_of
 from kuberay.client import Patience, Seen, Stack
 from overtone.bundle import load_bundle
 from overtone.errors import (
     BundleError,
     ClusterTimeoutError,
     ConfigurationError,
+    OvertoneError,
     RolloutError,
 )
 from overtone.logging import get_logger
@@ -54,6 +55,8 @@ class FollowOptions:
     patience: Patience
     force: bool = False
     dry_run: bool = False
+    keep: int = 3
+    """How many fetched bundles that nothing refers to stay when another champion was rolled out."""
 
 
 def follow(settings: Settings, stack: Stack, options: FollowOptions, watching: Watching) -> Followed:
@@ -115,7 +118,20 @@ def _follow(settings: Settings, stack: Stack, options: FollowOptions, watching: 
         _fetch(registry, registered, champion, stack, key, options.bundles)
     with watching() as seen:
         stack.roll_champion(champion, service, options.patience, seen, api_key=key, dry_run=options.dry_run)
+    if not options.dry_run:
+        _prune(registry, stack, options.keep)
     return replace(told, outcome="rolled_out")
+
+
+def _prune(registry: Registry, stack: Stack, keep: int) -> None:
+    """Make room for bundles to come. The rollout has succeeded, whatever becomes of this."""
+    try:
+        removed = registry.prune(keep, [Path(folder) for folder in folders_in_use(stack.service())])
+    except (OvertoneError, OSError) as error:
+        _log.warning("bundles.not_pruned", reason=str(error))
+        return
+    for one in removed:
+        _log.info("bundle.pruned", folder=str(one.folder), bytes=one.bytes)
 
 
 def _fetch(

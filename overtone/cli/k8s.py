@@ -200,6 +200,7 @@ def follow(
         str | None, typer.Option(metavar="URL", help="Where replicas are asked [default: through the Kubernetes API].")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Even if it failed before or was rolled back.")] = False,
+    keep: Annotated[int, typer.Option(min=0, help="How many earlier bundles stay in that folder.")] = 3,
     timeout: Timeout = "15m",
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -215,7 +216,7 @@ def follow(
 
     settings = load_settings()
     configure("follow", settings.log_level, settings.log_format)
-    options = FollowOptions(bundles.absolute(), _patience(timeout), force=force, dry_run=dry_run)
+    options = FollowOptions(bundles.absolute(), _patience(timeout), force=force, dry_run=dry_run, keep=keep)
     with _api() as kube:
         from kuberay.client import Stack
 

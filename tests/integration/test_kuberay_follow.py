@@ -228,6 +228,23 @@ def test_a_promoted_bundle_is_served_by_itself(world: World) -> None:
     assert world.note.previous == folder
 
 
+def test_a_rollout_removes_fetched_bundles_that_nothing_names(world: World) -> None:
+    def kept() -> set[str]:
+        return {path.name for path in world.bundles.iterdir()}
+
+    first, second = (world.versions[name] for name in ("first", "second"))
+    stray = Registry(world.settings, bundles=world.bundles)
+    stray.fetch(stray.resolve(world.versions["unfit"]))
+    world.promote("first")
+    assert world.follow(keep=1).outcome == "rolled_out"
+    assert kept() == {first, world.versions["unfit"]}
+    world.promote("second")
+    assert world.follow(keep=0).outcome == "rolled_out"
+    assert kept() == {first, second}, "what was served before may be returned to"
+    world.stack.roll_back(PATIENCE, quiet)
+    assert world.served == first
+
+
 def test_a_bundle_that_replicas_refuse_is_tried_once(world: World) -> None:
     world.promote("first")
     world.follow()

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from kuberay.build import Document, build_overlay
-from kuberay.champion import DEFAULT, NOTE, WITHDRAWN, Champion, Note, next_step, note_of
+from kuberay.champion import DEFAULT, NOTE, WITHDRAWN, Champion, Note, folders_in_use, next_step, note_of
+from kuberay.spec import remembered
 from kuberay.states import state_of
 from overtone.errors import ClusterError
 
@@ -88,3 +89,16 @@ def test_a_note_is_read_as_it_was_written_and_a_broken_one_is_named() -> None:
         state["metadata"]["annotations"][NOTE] = text
         with pytest.raises(ClusterError, match="overtone/champion of the RayService cannot be read; remove it"):
             note_of(state)
+
+
+def test_what_the_service_names_is_in_use() -> None:
+    found = service("/b/now", note=replace(TRIED, folder="/b/noted", previous="/b/noted-before"), withdrawn="/b/back")
+    config = yaml.safe_load(found["spec"]["serveConfigV2"])
+    config["applications"][0]["deployments"][0]["user_config"]["challenger"] = "/b/trial"
+    found["spec"]["serveConfigV2"] = yaml.safe_dump(config)
+    found["metadata"]["annotations"] |= remembered(service("/b/before"))["metadata"]["annotations"]
+
+    assert folders_in_use(found) == {
+        f"/b/{name}" for name in ("now", "trial", "before", "noted", "noted-before", "back")
+    }
+    assert folders_in_use(service(withdrawn=DEFAULT)) == set()
