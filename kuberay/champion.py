@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from kuberay.build import Document
-from kuberay.spec import HISTORY, annotation, live_options
+from kuberay.spec import annotation, before_rollout, live_options
 from kuberay.states import pending_cluster, state_of
 from overtone.errors import ClusterError
 
@@ -123,10 +123,10 @@ def folders_in_use(service: Document) -> set[str]:
     """The folders of bundles that the RayService names: served or on trial, before its last rollout too, or taken back.
 
     Raises:
-        ClusterError: an annotation cannot be read.
+        ClusterError: the note cannot be read.
     """
-    note, past = note_of(service), annotation(service, HISTORY)
-    orders = [live_options(each) for each in (service, {"spec": json.loads(past)} if past else None) if each]
+    note, past = note_of(service), before_rollout(service)
+    orders = [live_options(service), live_options({"spec": past}) if past else {}]
     named = [order.get(role) for order in orders for role in ("bundle", "challenger")]
     named += [note.folder, note.previous] if note else []
     named.append(annotation(service, WITHDRAWN))

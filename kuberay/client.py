@@ -1,6 +1,5 @@
 """What `overtone k8s` does to a cluster: deploy, scale, roll out, roll back, train, suspend, delete."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,10 +14,10 @@ from kuberay.build import Document
 from kuberay.champion import DEFAULT, NOTE, WITHDRAWN, Champion, Note, NoteState, note_of
 from kuberay.rules import problems
 from kuberay.spec import (
-    HISTORY,
     Patch,
     annotated,
     annotation,
+    before_rollout,
     content_of,
     image_of,
     live_options,
@@ -319,10 +318,9 @@ class Stack:
             NotFoundError: there was no rollout.
         """
         service = self.service()
-        kept = annotation(service, HISTORY)
-        if not kept:
+        past = before_rollout(service)
+        if past is None:
             raise NotFoundError("There is no rollout to take back.")
-        past = json.loads(kept)
         if past["image"] != image_of(service):
             self.roll_cluster(past["image"], patience, seen)
         if past["serveConfigV2"] != service["spec"]["serveConfigV2"]:

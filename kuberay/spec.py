@@ -26,6 +26,12 @@ def remembered(service: Document, marks: Mapping[str, str | None] | None = None)
     return annotated({HISTORY: kept, **(marks or {})})
 
 
+def before_rollout(service: Document) -> dict[str, str] | None:
+    """What `remembered` kept last, of the fields `serveConfigV2` and `image`; None if there was no rollout."""
+    kept = annotation(service, HISTORY)
+    return dict(json.loads(kept)) if kept else None
+
+
 def with_bundle(service: Document, bundle: str | None) -> str:
     """The `serveConfigV2` of `service` with `bundle` as champion and nothing on trial, as the next revision."""
     config = yaml.safe_load(service["spec"]["serveConfigV2"])

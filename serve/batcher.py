@@ -27,8 +27,8 @@ BULK_TURN = 4
 """While both priorities wait, every batch of this number starts from the oldest bulk row."""
 
 INTERACTIVE_WASTE = 8
-"""While both priorities wait, an interactive row may add so many times more padding than others: in the next batch it
-would wait for a whole one, which bulk rows fill."""
+"""While both priorities wait, an interactive row may add so many times more padding than others: left for the next
+batch it would wait for this one too."""
 
 BULK_BESIDE = 4
 """While both priorities wait, bulk rows fill a batch that starts with interactive ones to a share of its budget, one in

@@ -81,16 +81,18 @@ def _in_one_write(send: Send) -> Send:
             await send(message)
             return
         start, head = head, None
+        if message.get("more_body"):
+            await send(start)
+            await send(message)
+            return
         transport = cycle.transport
-        joined = transport if message.get("more_body") else _Joined(transport)
-        cycle.transport = joined
+        cycle.transport = joined = _Joined(transport)
         try:
             await send(start)
             await send(message)
         finally:
             cycle.transport = transport
-        if joined is not transport:
-            joined.flush()
+        joined.flush()
 
     return send_joined
 
