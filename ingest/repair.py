@@ -70,14 +70,27 @@ class RepairStatus:
 
 @dataclass(slots=True)
 class _Backfill:
-    """X sends again what `gap_ids` lack; over when for a while nothing older than the connection has come."""
+    """X sends again what `gap_ids` lack; over when for a while nothing older than the connection has come.
+
+    Posts are compared with each other and with the connection, by X's clock, and waits are measured by ours: the two
+    may be many seconds apart.
+    """
 
     gap_ids: frozenset[int]
     connected_at: datetime
-    last_older_at: datetime
-    """When a post from before the connection was stored last."""
+    """X's clock."""
     newest: datetime
-    """When the newest post was made that was stored since."""
+    """When the newest post was made that was stored since. X's clock."""
+    reached: datetime
+    """What `newest` was when a post from before the connection was stored last. X's clock."""
+    last_older_at: datetime
+    """When that was. Our clock."""
+
+    def note_stored(self, created: Sequence[datetime]) -> None:
+        """Hear when the posts were made that were stored just now."""
+        self.newest = max(self.newest, *created)
+        if min(created) < self.connected_at:
+            self.reached, self.last_older_at = self.newest, datetime.now(UTC)
 
 
 class Repairer:
@@ -125,18 +138,13 @@ class Repairer:
             DatabaseUnavailableError: try again.
         """
         ids = await self._bound(at)
-        now = datetime.now(UTC)
-        self._backfill = _Backfill(frozenset(ids), at, now, at) if is_backfilled and ids else None
+        self._backfill = _Backfill(frozenset(ids), at, at, at, datetime.now(UTC)) if is_backfilled and ids else None
         self._is_due.set()
 
     def note_stored(self, posts: Sequence[Post]) -> None:
         """Hear of posts of the stream that were stored."""
-        pending = self._backfill
-        if pending is None or not posts:
-            return
-        if min(post.created_at for post in posts) < pending.connected_at:
-            pending.last_older_at = datetime.now(UTC)
-        pending.newest = max(pending.newest, *(post.created_at for post in posts))
+        if self._backfill is not None and posts:
+            self._backfill.note_stored([post.created_at for post in posts])
 
     async def run(self) -> None:
         """Repair gaps as they come, and at once those that an earlier process left; until cancelled."""
@@ -199,9 +207,11 @@ class Repairer:
         """Older posts come first: once newer ones have come for a while there are no older ones. A stream that brings
         nothing has none either, once it has been silent for so long that it would have been left if it were dead.
         """
-        settled_at = pending.last_older_at + timedelta(seconds=self._options.settle_s)
-        quiet_at = settled_at + timedelta(seconds=self._stall_s + _STALL_MARGIN_S)
-        return pending.newest >= settled_at or (datetime.now(UTC) >= quiet_at and self._is_idle())
+        settle = timedelta(seconds=self._options.settle_s)
+        quiet = settle + timedelta(seconds=self._stall_s + _STALL_MARGIN_S)
+        waited = datetime.now(UTC) - pending.last_older_at
+        is_followed = waited >= settle and pending.newest - pending.reached >= settle
+        return is_followed or (waited >= quiet and self._is_idle())
 
     async def _settle_backfill(self, pending: _Backfill) -> None:
         gaps = [gap for gap in await self._waiting_gaps() if gap.gap_id in pending.gap_ids]
