@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from overtone.bundle import load_bundle
 from overtone.errors import ConfigurationError
 from overtone.logging import configure
 from overtone.settings import Settings, load_settings
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from train.evaluation import Evaluation
+    from train.runs import Runs
     from train.tracking import Tracker
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -37,12 +39,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     config: Annotated[Path, typer.Option(help="Training file, such as configs/train/tweets.yaml.")],
     validation: Annotated[Path, typer.Option(help="Validation texts, in the same form.")],
-    output: Annotated[Path, typer.Option(help="Folder for the bundle; a bundle in it is replaced.")],
     train: Annotated[
         Path | None,
         typer.Option(
             help="Training texts, .tsv, .csv, .jsonl or .parquet: a file, folder or address. Columns label and text."
         ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the bundle; a bundle in it is replaced. Default: the registry alone has it."),
     ] = None,
     from_feedback: Annotated[
         bool, typer.Option("--from-feedback", help="Train on the feedback in the database, beside --train if given.")
@@ -53,6 +58,12 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help="Folder or address of checkpoints. Default: OVERTONE_HOME/runs.")
+    ] = None,
+    keep_runs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the runs that have ended, remove the checkpoints of all but so many. Default: none go."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same as --set optimiser.seed=N.")] = None,
     address: Annotated[
@@ -69,6 +80,9 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
     with as_exit_code(ConfigurationError) as console:
         if train is None and not from_feedback:
             raise ConfigurationError("say what to train on: --train, --from-feedback or both")
+        registers = register or gate is not None
+        if output is None and not registers:
+            raise ConfigurationError("say where the bundle goes: --output, --register or --gate")
         settings = load_settings()
         configure("train", settings.log_level, settings.log_format)
         assignments = [*(assign or []), *([f"optimiser.seed={seed}"] if seed is not None else [])]
@@ -80,7 +94,7 @@ def command(  # noqa: PLR0913, PLR0917 - flags of the command line
         where = storage or str(settings.home / "runs")
         where = where if "://" in where else str(Path(where).expanduser().absolute())
         job = _Job(chosen, settings, console, (train, validation, output), with_feedback=from_feedback)
-        job.run(name, where, address, registers=register or gate is not None)
+        job.run(name, where, address, registers=registers, keep_runs=keep_runs)
         if gate:
             from train.gate import CHALLENGER, CHAMPION, decide_and_promote, load_rules, show_decision
 
@@ -96,7 +110,7 @@ class _Job:
         config: TrainConfig,
         settings: Settings,
         console: Console,
-        paths: tuple[Path | None, Path, Path],
+        paths: tuple[Path | None, Path, Path | None],
         *,
         with_feedback: bool,
     ) -> None:
@@ -104,7 +118,7 @@ class _Job:
         self.train, self.validation, self.output = paths
         self.with_feedback = with_feedback
 
-    def run(self, name: str, storage: str, address: str | None, *, registers: bool) -> None:
+    def run(self, name: str, storage: str, address: str | None, *, registers: bool, keep_runs: int | None) -> None:
         # Data and folders are checked before the libraries that take seconds to import.
         with self._cluster_for_data(address):
             split = self._read()
@@ -112,18 +126,22 @@ class _Job:
             from train.cluster import ray_cluster
             from train.export import require_bundle_folder
             from train.job import RunSpec, run_training
+            from train.runs import Runs
         except ImportError as error:
             raise ConfigurationError(f"{error.name} is not installed; pip install 'overtone[train]'") from None
         from train.progress import RunProgress
         from train.tracking import ablation, tracked_run
 
-        require_bundle_folder(self.output)
+        if self.output:
+            require_bundle_folder(self.output)
+        runs = Runs(storage)
+        runs.begin(name)
         steps = ablation(self.settings, self.config.card.ablation)
         with (
             tracked_run(self.settings, self.config, name) as tracker,
             tempfile.TemporaryDirectory(prefix="overtone-") as scratch,
         ):
-            weights = Path(scratch) / "weights"
+            weights, output = Path(scratch) / "weights", self.output or Path(scratch) / "bundle"
             learned, soft_labels = self._lessons(split)
             with ray_cluster(address), RunProgress(self.console) as progress:
                 self.console.print(f"run {name}, checkpoints in {storage}")
@@ -134,8 +152,21 @@ class _Job:
 
                 spec = RunSpec(name, learned, storage, soft_labels)
                 best = run_training(self.config, spec, follow, weights)
-            found = self._publish(weights, split, best, steps)
-            self._record(tracker, found, split, best["step"], registers=registers)
+            found = self._publish(weights, output, split, best, steps)
+            self._record(tracker, output, found, split, best["step"], registers=registers)
+            version = load_bundle(output).version
+        self._tidy(runs, name, version, keep_runs)
+
+    def _tidy(self, runs: "Runs", name: str, version: str, keep: int | None) -> None:
+        try:
+            runs.end(name, version)
+            removed = runs.prune(keep) if keep else []
+        except OSError as error:
+            # All is done by now: the next run tries again.
+            self.console.print(f"checkpoints of earlier runs could not be removed: {error}", style="yellow")
+            return
+        for old in removed:
+            self.console.print(f"removed the checkpoints of run {old}", highlight=False)
 
     def _cluster_for_data(self, address: str | None) -> AbstractContextManager[None]:
         """The cluster that reads what is not one local file, if anything is."""
@@ -168,7 +199,9 @@ class _Job:
         self.console.print(f"snapshot {place}", highlight=False, soft_wrap=True)
         return split
 
-    def _record(self, tracker: "Tracker", found: "Evaluation", split: Split, step: int, *, registers: bool) -> None:
+    def _record(
+        self, tracker: "Tracker", output: Path, found: "Evaluation", split: Split, step: int, *, registers: bool
+    ) -> None:
         from train.report import write_report
 
         figures = {
@@ -182,7 +215,7 @@ class _Job:
         with tempfile.TemporaryDirectory(prefix="overtone-") as folder:
             write_report(Path(folder), found)
             tracker.files(Path(folder), "report")
-        registered = tracker.bundle(self.output, as_challenger=registers)
+        registered = tracker.bundle(output, as_challenger=registers)
         if registered:
             self.console.print(f"registered as version {registered.version}, the challenger", highlight=False)
 
@@ -196,7 +229,9 @@ class _Job:
             texts, soft = lessons(self.config, split.train, progress)
         return replace(split, train=texts), soft
 
-    def _publish(self, weights: Path, split: Split, best: dict[str, Any], steps: list[dict[str, Any]]) -> "Evaluation":
+    def _publish(
+        self, weights: Path, output: Path, split: Split, best: dict[str, Any], steps: list[dict[str, Any]]
+    ) -> "Evaluation":
         from train.publish import publish
 
         self.console.print(f"exporting the checkpoint of step {best['step']}")
@@ -207,7 +242,10 @@ class _Job:
             **({"ablation": steps} if steps else {}),
         }
         shown = "python -m train " + shlex.join(sys.argv[1:])
-        return publish(weights, self.output, self.config, split, training, shown, self.console)
+        found = publish(weights, output, self.config, split, training, shown, self.console)
+        if self.output:
+            self.console.print(f"bundle written to {output}")
+        return found
 
 
 if __name__ == "__main__":

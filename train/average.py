@@ -71,6 +71,7 @@ def command(
             facts = {"averaged_checkpoints": len(weights), **({"ablation": steps} if steps else {})}
             shown = "python -m train.average " + shlex.join(sys.argv[1:])
             publish(mean, output, chosen, split, facts, shown, console)
+            console.print(f"bundle written to {output}")
 
 
 if __name__ == "__main__":

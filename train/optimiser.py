@@ -105,7 +105,7 @@ class UsedRows:
         embeddings.sparse = True
         self._model = model
         self._weight = embeddings.weight
-        self._all = torch.zeros_like(self._weight, requires_grad=False)
+        self._all = torch.zeros_like(self._weight)
         self._filled: Tensor | None = None
 
     def clip(self, max_norm: float) -> None:

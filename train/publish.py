@@ -51,7 +51,6 @@ def publish(
     found = measure(exported.bundle, split.validation)
     (output / CARD_FILE).write_text(render(exported, found, config, command), encoding="utf-8")
     show_evaluation(console, found)
-    console.print(f"bundle written to {output}")
     return found
 
 

@@ -325,7 +325,7 @@ def entrypoint(order: Order, settings: Settings, name: str, *, with_feedback: bo
     given = {argument.partition("=")[0] for argument in arguments}
     if "--run-name" not in given:
         arguments += ["--run-name", name]
-    if "--output" not in given:
+    if not given & {"--output", "--register", "--gate"}:
         arguments += ["--output", str(settings.home / "bundles" / name)]
     if with_feedback and "--from-feedback" not in given:
         arguments.append("--from-feedback")

@@ -53,10 +53,10 @@ class FollowOptions:
     bundles: Path
     """Folder of bundles; replicas see it under the same path."""
     patience: Patience
+    keep: int
+    """How many fetched bundles that nothing refers to stay when another champion was rolled out."""
     force: bool = False
     dry_run: bool = False
-    keep: int = 3
-    """How many fetched bundles that nothing refers to stay when another champion was rolled out."""
 
 
 def follow(settings: Settings, stack: Stack, options: FollowOptions, watching: Watching) -> Followed:

@@ -216,7 +216,7 @@ def follow(
 
     settings = load_settings()
     configure("follow", settings.log_level, settings.log_format)
-    options = FollowOptions(bundles.absolute(), _patience(timeout), force=force, dry_run=dry_run, keep=keep)
+    options = FollowOptions(bundles.absolute(), _patience(timeout), keep, force=force, dry_run=dry_run)
     with _api() as kube:
         from kuberay.client import Stack
 

@@ -177,7 +177,7 @@ class World:
         return str(self.bundles / self.versions[name])
 
     def follow(self, *, settings: Settings | None = None, **options: Any) -> Followed:
-        chosen = FollowOptions(self.bundles, **({"patience": PATIENCE} | options))
+        chosen = FollowOptions(self.bundles, **({"patience": PATIENCE, "keep": 3} | options))
         return follow(settings or self.settings, self.stack, chosen, lambda: nullcontext(quiet))
 
     def patches(self) -> int:

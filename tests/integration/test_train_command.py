@@ -1,6 +1,7 @@
 """`python -m train` end to end: a tiny encoder, a made-up language of three moods, real Ray Train, a real bundle."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from overtone.bundle import Bundle, TextEncoder, load_bundle
 from overtone.cli.processes import MARK, mark_of, marked_processes
 from overtone.engine import check_golden, classify_sorted, open_engine
 from overtone.hardware import usable_cores
+from overtone.registry import Registry
 from overtone.settings import environment_for, load_settings
 
 pytestmark = pytest.mark.timeout(240)
@@ -47,15 +49,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, make_moods: Callable[[Pat
     return folder
 
 
-def run_train(workshop: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    arguments = {
+def run_train(workshop: Path, *extra: str, with_output: bool = True) -> subprocess.CompletedProcess[str]:
+    arguments: dict[str, Path | str] = {
         "--config": workshop / "moods.yaml",
         "--train": workshop / "train.tsv",
         "--validation": workshop / "validation.tsv",
-        "--output": workshop / "bundle",
         "--storage": "runs",
         "--run-name": "first",
-    }
+    } | ({"--output": workshop / "bundle"} if with_output else {})
     command = [sys.executable, "-m", "train", *(str(part) for pair in arguments.items() for part in pair), *extra]
     home = str(workshop / "home")
     environment = environment_for(load_settings(), OVERTONE_HOME=home, HOME=home, LOG_FORMAT="json")
@@ -124,10 +125,17 @@ def test_checkpoints_are_averaged_and_a_finished_run_is_not_trained_again(worksh
     assert averaged.returncode == 0, averaged.stderr[-3000:]
     assert load_bundle(workshop / "mean").metrics["validation"]["macro_recall"] > 0.9
 
-    again = run_train(workshop)
+    earlier = workshop / "runs" / "earlier"
+    earlier.mkdir()
+    (earlier / "ended.txt").touch()
+    os.utime(earlier / "ended.txt", (0, 0))
+    again = run_train(workshop, "--register", "--keep-runs=1", with_output=False)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "step 38/" not in again.stderr, "a finished run was trained again"
-    assert load_bundle(workshop / "bundle").version == bundle.version
+    assert "removed the checkpoints of run earlier" in again.stderr
+    assert [path.name for path in (workshop / "runs").iterdir()] == ["first"]
+    registry = Registry(load_settings(overtone_home=workshop / "home"))
+    assert registry.resolve("challenger").bundle_version == bundle.version
 
 
 def assert_on_record(home: Path, bundle: Bundle) -> None:
@@ -183,6 +191,7 @@ def test_data_that_cannot_be_used_stops_before_training_with_a_report(
         (["--set", "optimiser.epochs=0"], 2, "optimiser.epochs"),
         (["--set", "model.name=minilm", "--train", "nowhere.tsv"], 1, "nowhere.tsv: cannot be read"),
         (["--gate", "nowhere.tsv"], 1, "nowhere.tsv: cannot be read"),
+        (["--storage", "nowhere://runs"], 2, "--storage nowhere://runs: "),
         (["--output", "encoder"], 1, "holds something else than a bundle"),
     ],
 )

@@ -140,10 +140,10 @@ def test_the_database_of_a_home_is_found(embedded_postgres: EmbeddedPostgres, tm
     assert running_url(tmp_path) is None
 
 
-def test_a_run_needs_something_to_train_on() -> None:
-    words = ["--config", "x.yaml", "--validation", "v.tsv", "--output", "b"]
-    answer = CliRunner().invoke(app, words)
-    assert (answer.exit_code, "--from-feedback" in answer.output) == (2, True)
+@pytest.mark.parametrize(("given", "missing"), [("--output", "--from-feedback"), ("--train", "--register")])
+def test_a_run_needs_something_to_train_on_and_a_place_for_the_bundle(given: str, missing: str) -> None:
+    answer = CliRunner().invoke(app, ["--config", "x.yaml", "--validation", "v.tsv", given, "here"])
+    assert (answer.exit_code, missing in answer.output) == (2, True)
 
 
 def test_the_command_reads_feedback_beside_a_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

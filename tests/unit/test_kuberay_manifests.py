@@ -462,7 +462,7 @@ def test_the_cron_that_retrains_says_what_both_commands_take() -> None:
             order = Order(tuple(given["arguments"]))
             command = shlex.split(entrypoint(order, Settings(_env_file=None), "retrain-1", with_feedback=True))
             told = get_command(train).make_context("train", command[3:]).params
-            assert (str(told["output"]), told["run_name"]) == ("/models/bundles/retrain-1", "retrain-1")
+            assert (told["output"], told["run_name"], told["keep_runs"]) == (None, "retrain-1", 3)
             assert told["from_feedback"] is True
             assert str(told["gate"]) == "/models/data/apart.tsv"
 

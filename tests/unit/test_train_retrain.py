@@ -160,6 +160,8 @@ def test_the_command_of_a_run(settings: Settings) -> None:
     )
     own = Order(("--output=/x/{run}", "--run-name", "mine"))
     assert entrypoint(own, settings, "r", with_feedback=False) == "python -m train --output=/x/r --run-name mine"
+    judged = Order(("--gate", "apart.tsv", "--run-name=mine"))
+    assert entrypoint(judged, settings, "r", with_feedback=False) == "python -m train --gate apart.tsv --run-name=mine"
 
 
 def test_options_without_which_no_run_can_be_are_missed() -> None:
