@@ -138,7 +138,11 @@ class Repairer:
             DatabaseUnavailableError: try again.
         """
         ids = await self._bound(at)
-        self._backfill = _Backfill(frozenset(ids), at, at, at, datetime.now(UTC)) if is_backfilled and ids else None
+        self._backfill = None
+        if is_backfilled and ids:
+            self._backfill = _Backfill(
+                frozenset(ids), connected_at=at, newest=at, reached=at, last_older_at=datetime.now(UTC)
+            )
         self._is_due.set()
 
     def note_stored(self, posts: Sequence[Post]) -> None:

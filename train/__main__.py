@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from overtone.bundle import load_bundle
 from overtone.errors import ConfigurationError
 from overtone.logging import configure
 from overtone.settings import Settings, load_settings
@@ -154,8 +153,7 @@ class _Job:
                 best = run_training(self.config, spec, follow, weights)
             found = self._publish(weights, output, split, best, steps)
             self._record(tracker, output, found, split, best["step"], registers=registers)
-            version = load_bundle(output).version
-        self._tidy(runs, name, version, keep_runs)
+        self._tidy(runs, name, found.model_version, keep_runs)
 
     def _tidy(self, runs: "Runs", name: str, version: str, keep: int | None) -> None:
         try:
