@@ -49,7 +49,7 @@ class Engine(Protocol):
 class OnnxEngine:
     """ONNX Runtime on one device. Threads may share one; each call runs on the same pool of `threads`.
 
-    On a CPU a text that comes alone, while nothing runs, is run by `lone_threads` if those are more.
+    On a CPU a text that comes alone, while nothing runs, is run by `lone_threads` if those are more and pay.
     `TENSORRT` has not been run on a device yet; what it does otherwise than `CPU` was run on a CPU alone.
     """
 

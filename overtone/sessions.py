@@ -329,14 +329,15 @@ def run_options(graph: int) -> Any:
 def open_runner(bundle: Bundle, threads: int, device: Device, lone_threads: int = 0) -> Runner:
     """Load the model of `bundle`. Where its graph cannot be captured, it runs without, with a warning.
 
-    A text that finds a CPU idle is run by `lone_threads` if those are more; a device shares its work out itself.
+    A text that finds a CPU idle is run by `lone_threads` if those are more and pay; a device shares work out itself.
 
     Raises:
         BundleError: the file is no ONNX model, or not one of the shape a bundle has, or the device cannot be started.
     """
     if not device.takes_turns:
         session = _open_session(bundle, threads, device)
-        wide = _open_session(bundle, lone_threads, device) if lone_threads > threads else None
+        is_wide = lone_threads > threads and has_slow_products(bundle.precision, read_cpu_features())
+        wide = _open_session(bundle, lone_threads, device) if is_wide else None
         return PlainRunner(session, Signature.of(session, bundle), wide)
     with _OPENING:
         reason = ""
@@ -398,6 +399,14 @@ def _read_signature(bundle: Bundle) -> Signature:
     except Exception as error:
         raise BundleError(f"{bundle.model_path}: ONNX Runtime cannot load it ({error})") from error
     return Signature.of(session, bundle)
+
+
+def has_slow_products(precision: str, features: frozenset[str] | None) -> bool:
+    """Whether the matrix products of a short text take longer than waking a second thread for each of them.
+
+    Those of int8 do not on a processor whose `features` (`read_cpu_features`) name a fast int8 (decision 2).
+    """
+    return precision != "int8" or not has_fast_int8(features)
 
 
 def forbid_saturation(options: Any, features: frozenset[str] | None) -> None:

@@ -37,7 +37,7 @@ from serve.tokens import open_tokens
 from serve.tracing import open_tracing
 
 _LONE_THREADS = 2
-"""For a text that finds its replica idle: two take a fifth off its time, and more take little more off a short one."""
+"""For a text that finds its replica idle, where a second thread pays; more take little more off a short one."""
 
 
 class ReplicaOptions(BaseModel):

@@ -24,7 +24,7 @@ from overtone.engine import (
     plan_batches,
 )
 from overtone.errors import BundleError, EngineError
-from overtone.sessions import PlainRunner, Signature, forbid_saturation
+from overtone.sessions import PlainRunner, Signature, forbid_saturation, has_slow_products
 
 TEXTS = [[1, 4, 2], [1, 8, 8, 9, 2], [1, 2], [1, 6, 4, 5, 5, 5, 2], [1, 7, 2]]
 
@@ -77,6 +77,14 @@ def test_more_threads_run_a_text_that_finds_the_engine_idle_and_nothing_else(mon
         runner.run(*batch)
 
     assert ran == ["wide", "wide", "narrow", "narrow", "wide"]
+
+
+def test_more_threads_are_for_products_that_take_longer_than_waking_them() -> None:
+    with_amx, with_avx2 = frozenset({"amx_int8", "avx2"}), frozenset({"avx2"})
+    assert not has_slow_products("int8", with_amx)
+    assert has_slow_products("int8", with_avx2)
+    assert has_slow_products("int8", None)
+    assert has_slow_products("fp32", with_amx)
 
 
 def test_the_number_of_threads_changes_no_score(tiny_bundle: Bundle) -> None:
