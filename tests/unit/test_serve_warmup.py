@@ -42,12 +42,49 @@ def test_a_line_is_found_again(fixed_s: float, token_s: float) -> None:
 
 
 def test_a_processor_gets_small_batches_and_a_gpu_large_ones() -> None:
-    processor = BatchCost(fixed_s=0.0004, token_s=0.00004)
-    gpu = BatchCost(fixed_s=0.0015, token_s=0.0000012)
+    processor = TimedEngine(BatchCost(fixed_s=0.0004, token_s=0.00004))
+    gpu = TimedEngine(BatchCost(fixed_s=0.0015, token_s=0.0000012))
 
-    assert (processor.waste_tokens, processor.budget_tokens) == (10, 256)
-    assert gpu.waste_tokens == 1024
-    assert gpu.budget_tokens == MAX_BUDGET_TOKENS
+    small = measure_batch_cost(processor, clock=lambda: processor.now)
+    large = measure_batch_cost(gpu, clock=lambda: gpu.now)
+
+    assert (small.waste_tokens, small.budget_tokens) == (10, 256)
+    assert (large.waste_tokens, large.budget_tokens) == (MAX_WASTE_TOKENS, MAX_BUDGET_TOKENS)
+
+
+class CachedEngine(TimedEngine):
+    """Takes twice as long for what a batch has beyond `cache` tokens."""
+
+    def __init__(self, cost: BatchCost, cache: int) -> None:
+        super().__init__(cost)
+        self._cache = cache
+
+    def classify(self, token_ids: list[list[int]]) -> Probabilities:
+        beyond = max(len(token_ids) * len(token_ids[0]) - self._cache, 0)
+        self.now += self._cost.token_s * beyond
+        return super().classify(token_ids)
+
+
+@pytest.mark.parametrize("cache", [256, 1024])
+def test_a_batch_is_no_larger_than_the_cache(cache: int) -> None:
+    engine = CachedEngine(BatchCost(fixed_s=0.004, token_s=0.00002), cache)
+
+    assert measure_batch_cost(engine, clock=lambda: engine.now).budget_tokens == cache
+
+
+def test_what_disturbs_all_runs_of_a_size_once_does_not_make_batches_large() -> None:
+    class DisturbedEngine(TimedEngine):
+        calls = 0
+
+        def classify(self, token_ids: list[list[int]]) -> Probabilities:
+            self.calls += 1
+            self.now += 0.02 if self.calls <= 8 else 0.0
+            return super().classify(token_ids)
+
+    engine = DisturbedEngine(BatchCost(fixed_s=0.0004, token_s=0.00004))
+    cost = measure_batch_cost(engine, clock=lambda: engine.now)
+
+    assert (cost.waste_tokens, cost.budget_tokens) == (10, 256)
 
 
 @given(
@@ -62,7 +99,7 @@ def test_whatever_was_measured_the_limits_are_usable(samples: list[tuple[int, fl
     cost = fit(samples)
 
     assert MIN_WASTE_TOKENS <= cost.waste_tokens <= MAX_WASTE_TOKENS
-    assert MIN_BUDGET_TOKENS <= cost.budget_tokens <= MAX_BUDGET_TOKENS
+    assert cost.tokens_per_s(MIN_BUDGET_TOKENS) > 0
 
 
 def test_only_what_is_unset_is_measured() -> None:
