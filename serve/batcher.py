@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Generic, Literal, TypeVar
 
 from overtone.errors import DeadlineExceededError, EngineError, OverloadedError, OvertoneError, ShuttingDownError
@@ -92,8 +91,12 @@ class Timing:
 
     def stages(self) -> list[tuple[str, float, float]]:
         """Name, start and end of each stage that was passed, in order."""
-        marks = [("tokenise", self.started), ("queue", self.admitted), ("engine", self.taken), ("", self.done)]
-        return [(name, start, end) for (name, start), (_, end) in pairwise(marks) if start and end]
+        stages = (
+            ("tokenise", self.started, self.admitted),
+            ("queue", self.admitted, self.taken),
+            ("engine", self.taken, self.done),
+        )
+        return [stage for stage in stages if stage[1] and stage[2]]
 
 
 @dataclass(slots=True, eq=False)

@@ -8,8 +8,8 @@ import re
 import time
 from collections.abc import Mapping
 from functools import cache
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from opentelemetry.trace import Span
@@ -192,14 +192,14 @@ def _log(scope: Scope, name: str, status: int, seconds: float, span: Span | None
 
 def _server_timing(timing: Timing) -> bytes:
     """How long each stage took, in ms, as browsers and proxies read it (W3C Server Timing)."""
-    return ", ".join(f"{name};dur={(end - start) * 1000:.2f}" for name, start, end in timing.stages()).encode()
+    return ", ".join([f"{name};dur={(end - start) * 1000:.2f}" for name, start, end in timing.stages()]).encode()
 
 
 def _request_id(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
-            return bytes(value) if _REQUEST_ID.fullmatch(value) else uuid4().hex.encode()
-    return uuid4().hex.encode()
+            return bytes(value) if _REQUEST_ID.fullmatch(value) else token_hex(16).encode()
+    return token_hex(16).encode()
 
 
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
