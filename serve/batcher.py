@@ -96,7 +96,7 @@ class Timing:
             ("queue", self.admitted, self.taken),
             ("engine", self.taken, self.done),
         )
-        return [stage for stage in stages if stage[1] and stage[2]]
+        return [(name, start, end) for name, start, end in stages if start and end]
 
 
 @dataclass(slots=True, eq=False)

@@ -37,22 +37,25 @@ class BatchCost:
 
     fixed_s: float
     token_s: float
-    budget_tokens: int = MIN_BUDGET_TOKENS
-    """The smallest batch of which the fixed part is about 4 %, or of which twice the size is hardly faster a token."""
 
     @property
     def waste_tokens(self) -> int:
         """Padding that costs as much as one further batch."""
-        return round(min(max(self.fixed_tokens, MIN_WASTE_TOKENS), MAX_WASTE_TOKENS))
+        return round(min(max(self._fixed_tokens, MIN_WASTE_TOKENS), MAX_WASTE_TOKENS))
 
     @property
-    def fixed_tokens(self) -> float:
-        """The fixed part, as the tokens that cost as much."""
-        return self.fixed_s / self.token_s
+    def budget_tokens(self) -> int:
+        """The smallest batch of which the fixed part is 4 %, rounded up to 64 tokens."""
+        wanted = self._fixed_tokens * (1 / _FIXED_SHARE - 1)
+        return int(min(max(-(-wanted // 64) * 64, MIN_BUDGET_TOKENS), MAX_BUDGET_TOKENS))
 
     def tokens_per_s(self, padded_tokens: int) -> float:
         """In batches of so many tokens."""
         return padded_tokens / (self.fixed_s + self.token_s * padded_tokens)
+
+    @property
+    def _fixed_tokens(self) -> float:
+        return self.fixed_s / self.token_s
 
 
 def measure_batch_cost(engine: Engine, clock: Callable[[], float] = time.perf_counter) -> BatchCost:
@@ -62,19 +65,26 @@ def measure_batch_cost(engine: Engine, clock: Callable[[], float] = time.perf_co
         EngineError: see `Engine.classify`.
     """
     seconds = _quickest(engine, _ROWS, clock)
-    cost = fit([(rows * _ROW_TOKENS, taken) for rows, taken in seconds.items()])
-    largest = min(cost.fixed_tokens * (1 / _FIXED_SHARE - 1), MAX_BUDGET_TOKENS)
-    rows = MIN_BUDGET_TOKENS // _ROW_TOKENS
-    while 2 * rows * _ROW_TOKENS <= largest:
-        if 2 * rows not in seconds:
-            seconds |= _quickest(engine, (rows, 2 * rows), clock)
+    return fit([(rows * _ROW_TOKENS, taken) for rows, taken in seconds.items()])
+
+
+def try_budget(engine: Engine, most_tokens: int, clock: Callable[[], float] = time.perf_counter) -> int:
+    """The smallest budget up to `most_tokens` of which twice the size is less than 4 % faster a token on `engine`.
+
+    Raises:
+        EngineError: see `Engine.classify`.
+    """
+    budget = MIN_BUDGET_TOKENS
+    while 2 * budget <= most_tokens:
+        rows = budget // _ROW_TOKENS
+        seconds = _quickest(engine, (rows, 2 * rows), clock)
         if 2 * seconds[rows] < (1 + _FIXED_SHARE) * seconds[2 * rows]:
             break
-        rows *= 2
-    return replace(cost, budget_tokens=rows * _ROW_TOKENS)
+        budget *= 2
+    return budget
 
 
-def fitted(limits: Limits, engine: Engine) -> Limits:
+def fitted(limits: Limits, engine: Engine, clock: Callable[[], float] = time.perf_counter) -> Limits:
     """`limits` with what is unset in them measured on `engine`.
 
     Raises:
@@ -82,8 +92,8 @@ def fitted(limits: Limits, engine: Engine) -> Limits:
     """
     if limits.budget_tokens is not None and limits.waste_tokens is not None:
         return limits
-    cost = measure_batch_cost(engine)
-    budget = cost.budget_tokens if limits.budget_tokens is None else limits.budget_tokens
+    cost = measure_batch_cost(engine, clock)
+    budget = try_budget(engine, cost.budget_tokens, clock) if limits.budget_tokens is None else limits.budget_tokens
     waste = cost.waste_tokens if limits.waste_tokens is None else limits.waste_tokens
     rate = cost.tokens_per_s(budget) if limits.tokens_per_s is None else limits.tokens_per_s
     return replace(limits, budget_tokens=budget, waste_tokens=waste, tokens_per_s=rate)

@@ -15,6 +15,7 @@ from serve.warmup import (
     fit,
     fitted,
     measure_batch_cost,
+    try_budget,
 )
 
 
@@ -42,14 +43,22 @@ def test_a_line_is_found_again(fixed_s: float, token_s: float) -> None:
 
 
 def test_a_processor_gets_small_batches_and_a_gpu_large_ones() -> None:
-    processor = TimedEngine(BatchCost(fixed_s=0.0004, token_s=0.00004))
-    gpu = TimedEngine(BatchCost(fixed_s=0.0015, token_s=0.0000012))
+    processor = BatchCost(fixed_s=0.0004, token_s=0.00004)
+    gpu = BatchCost(fixed_s=0.0015, token_s=0.0000012)
 
-    small = measure_batch_cost(processor, clock=lambda: processor.now)
-    large = measure_batch_cost(gpu, clock=lambda: gpu.now)
+    assert (processor.waste_tokens, processor.budget_tokens) == (10, 256)
+    assert gpu.waste_tokens == 1024
+    assert gpu.budget_tokens == MAX_BUDGET_TOKENS
 
-    assert (small.waste_tokens, small.budget_tokens) == (10, 256)
-    assert (large.waste_tokens, large.budget_tokens) == (MAX_WASTE_TOKENS, MAX_BUDGET_TOKENS)
+
+@pytest.mark.parametrize(
+    ("cost", "budget_tokens"),
+    [(BatchCost(fixed_s=0.0004, token_s=0.00004), 256), (BatchCost(fixed_s=0.0015, token_s=0.0000012), 16_384)],
+)
+def test_large_batches_are_taken_where_they_are_faster(cost: BatchCost, budget_tokens: int) -> None:
+    engine = TimedEngine(cost)
+
+    assert try_budget(engine, MAX_BUDGET_TOKENS, clock=lambda: engine.now) == budget_tokens
 
 
 class CachedEngine(TimedEngine):
@@ -69,7 +78,7 @@ class CachedEngine(TimedEngine):
 def test_a_batch_is_no_larger_than_the_cache(cache: int) -> None:
     engine = CachedEngine(BatchCost(fixed_s=0.004, token_s=0.00002), cache)
 
-    assert measure_batch_cost(engine, clock=lambda: engine.now).budget_tokens == cache
+    assert fitted(Limits(), engine, clock=lambda: engine.now).budget_tokens == cache
 
 
 def test_what_disturbs_all_runs_of_a_size_once_does_not_make_batches_large() -> None:
@@ -99,7 +108,7 @@ def test_whatever_was_measured_the_limits_are_usable(samples: list[tuple[int, fl
     cost = fit(samples)
 
     assert MIN_WASTE_TOKENS <= cost.waste_tokens <= MAX_WASTE_TOKENS
-    assert cost.tokens_per_s(MIN_BUDGET_TOKENS) > 0
+    assert MIN_BUDGET_TOKENS <= cost.budget_tokens <= MAX_BUDGET_TOKENS
 
 
 def test_only_what_is_unset_is_measured() -> None:
